@@ -29,6 +29,8 @@ def import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
+    finally:
+        del sys.modules["openvino_telemetry"]
     return openvino
 
 

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -29,11 +30,16 @@ def _resolve(device: Device) -> Device:
     return device
 
 
+def _check_folder(file: Path | None) -> Path | None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"folder {file.parent} does not exist")
+    return file
+
+
 DeviceOption = Annotated[Device, typer.Option("--device", callback=_resolve, help="Device of the model.")]
 RoundsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each variant.")]
-#: Opened before the first measurement.
 OutputOption = Annotated[
-    typer.FileTextWrite | None, typer.Option(lazy=False, metavar="FILE", help="JSON file for the results.")
+    Path | None, typer.Option(callback=_check_folder, metavar="FILE", help="JSON file for the results.")
 ]
 
 
@@ -72,9 +78,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ours, theirs, strict=False)]
 
 
-def print_results(
-    context: typer.Context, output: typer.FileTextWrite | None, **tables: Sequence[Mapping[str, Any]]
-) -> None:
+def print_results(context: typer.Context, output: Path | None, **tables: Sequence[Mapping[str, Any]]) -> None:
     """Prints tables, and writes them to a JSON file with machine, versions and settings.
 
     The rows of a table have the same fields. A table shows a list of numbers as median, minimum and maximum,
@@ -88,7 +92,7 @@ def print_results(
     if output is not None:
         versions = {name: installed_version(name) for name in _PACKAGES}
         header = {"machine": get_env_info()._asdict(), "versions": versions, "settings": context.params}
-        json.dump(header | tables, output, indent=2, default=str)
+        output.write_text(json.dumps(header | tables, indent=2, default=str) + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -100,6 +100,5 @@ def _template() -> jinja2.Template:
 
 
 def _escape(value: Any) -> Any:
-    """Escapes unprintable characters of text from data; Jinja escapes HTML."""
-    is_markup = hasattr(value, "__html__")
-    return escape_unprintable(value) if isinstance(value, str) and not is_markup else value
+    """Returns a value as text with escaped unprintable characters; Jinja escapes HTML."""
+    return value if hasattr(value, "__html__") else escape_unprintable(str(value))

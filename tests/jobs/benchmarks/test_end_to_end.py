@@ -79,7 +79,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
         (["--peers", "ray,spark"], "choose from ray, dataloader, daft, or none"),
         (["--model", "fashion-mnist", "--size", "224"], "has its own size"),
         (["--set", "decode.nothing=1", "--model", "fashion-mnist"], "--set decode.nothing=1: unknown field"),
-        (["--output", "/no/such/folder/figures.json"], "No such file or directory"),
+        (["--output", "/no/such/folder/figures.json"], "folder /no/such/folder does not exist"),
     ],
 )
 def test_invalid_options_fail_before_measuring(images: Path, arguments: list[str], message: str) -> None:

@@ -26,7 +26,9 @@ def test_variants_are_measured_in_each_round(tmp_path: Path, monkeypatch: pytest
     figures = tmp_path / "figures.json"
     settings = ["--size", 32, "--count", 3, "--batch-size", 2, "--rounds", 2, "--device", "cpu"]
     done = invoke(model, *settings, "--output", figures)
-    eager, engine = json.loads(figures.read_text())["variants"]
+    results = json.loads(figures.read_text())
+    assert results["settings"]["output"] == str(figures)
+    eager, engine = results["variants"]
     assert (eager["variant"], eager["speedup"]) == (EAGER, [1, 1])
     assert engine["variant"] == "engine, torch"
     for variant in (engine, eager):

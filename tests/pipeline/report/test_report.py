@@ -36,7 +36,7 @@ HOSTILE_TEXTS = [
 RECORD: dict[str, Any] = {
     "fingerprint": "f" * 64,
     "started_at": "2026-01-02T03:04:05+00:00",
-    "config": {"input": {"uri": "s3://in/<b>x</b>"}, "model": {"path": "m"}, "output": {"topk": 1}},
+    "config": {"input": {"uri": "s3://in/<b>x\u202e</b>"}, "model": {"path": "m"}, "output": {"topk": 1}},
     "counts": {"shards": 2, "unreadable_shards": 0, "images": 400, "errors": 4, "duplicate_keys": 0},
     "timings": {"planned": 1.0, "executor_ready": 2.0, "first_result": 3.0, "last_result": 12.0},
     "stages": {
@@ -68,7 +68,7 @@ def make_partition(folder: Path, labels: list[str], name: str = "model=m-fffffff
     rng, classes, runs = np.random.default_rng(0), len(labels), []
     for run in range(2):
         shards = {}
-        for shard in (f"s3://in/<b>x</b>/{run}-{i}.tar" for i in range(2)):
+        for shard in (f"s3://in/<b>x\u202e</b>/{run}-{i}.tar" for i in range(2)):
             target = rng.integers(0, classes, 200)
             wrong = rng.random(200) < 0.1
             given: list[int | None] = np.where(wrong, (target + 1) % classes, target).tolist()
