@@ -134,8 +134,9 @@ def _find_tables(
     for _, group in groupby(files, lambda file: section.inputs.root_of(file.uri)):
         notes, has_others = list[Shard](), False
         for file in group:
-            if file.uri.endswith("/manifest.json") and file.uri not in names:
-                cause = f"{file.uri} looks like the manifest of an S3 Inventory"
+            is_metadata = file.uri.endswith("/manifest.json") or ".metadata.json" in file.uri
+            if is_metadata and file.uri not in names:
+                cause = f"{file.uri} looks like metadata of an Iceberg table or of an S3 Inventory"
                 raise ConfigError(f"input.uri: {cause}: set input.uri to it, or exclude it (input.exclude)")
             is_note = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".json", ".txt"))
             has_others = has_others or not is_note

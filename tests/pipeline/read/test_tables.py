@@ -711,6 +711,13 @@ def test_folder_of_inventories_names_the_manifest_to_set(tmp_path: Path) -> None
         list_shards(storage, InputConfig(uri=str(tmp_path))).require_shards("input.uri")
 
 
+def test_metadata_of_an_iceberg_table_in_a_subfolder_is_no_table(tmp_path: Path) -> None:
+    for number in (1, 2):
+        Storage().write(f"{tmp_path}/t/metadata/v{number}.metadata.json", b'{"uri": "a.jpg"}')
+    with pytest.raises(ConfigError, match=r"v1\.metadata\.json .* Iceberg .*: set input\.uri"):
+        list(listing(Storage(), str(tmp_path)))
+
+
 def test_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     manifest = {"destinationBucket": "arn:aws:s3:::b", "fileFormat": "ORC", "fileSchema": "x", "files": []}
     for content, cause in ((json.dumps(manifest), "format ORC"), ("{}", "manifest of an S3 Inventory")):
