@@ -34,6 +34,7 @@ from pipeline.statistics import (
     steady_rate,
     summarize_stages,
 )
+from pipeline.storage import ObjectChanged, ObjectNotFound
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
@@ -91,7 +92,11 @@ def _add_copied(run: RunContext, stages: Stages, shard: Shard, samples: pa.Table
         run.held[source] if source in run.held else read_source(source, stages.storage, stages.predictions)
         for source in copied.rows
     )
-    return copied.merge(samples, shard, stored, stages.read_options)
+    try:
+        return copied.merge(samples, shard, stored, stages.read_options)
+    except (ObjectChanged, ObjectNotFound):  # another run may have taken over the lease
+        run.lease.verify()
+        raise
 
 
 def _prepare_write(run: RunContext, shard: Shard) -> None:

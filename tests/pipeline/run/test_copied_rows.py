@@ -6,12 +6,15 @@ import io
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.commit import LeaseLostError, lease
 from pipeline.config import Selection
 from pipeline.report import read_gallery
-from pipeline.run import RunResult, label, plan_run, rebuild
+from pipeline.run import RunResult, label, plan_run, rebuild, streaming
+from pipeline.run.copied_rows import read_source
 from pipeline.storage import Storage
 from tests.makers import make_image
 from tests.runs import run_config, small_groups
@@ -157,6 +160,25 @@ def test_gallery_keeps_thumbnails_of_copied_rows(folder: Folder) -> None:
     rows = {row["index"]: row["key"] for row in folder.rows()}
     assert len(after) == 5
     assert all(rows[row["index"]] == row["key"] for row in after.to_pylist())
+
+
+def test_rows_that_another_run_has_replaced_end_the_run_with_a_lost_lease(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.label()
+    folder.write("bb")
+
+    def read_after_other_run(*args: Any) -> pa.Table:
+        monkeypatch.setattr(streaming, "read_source", read_source)
+        folder.write("cc")
+        folder.label()
+        return read_source(*args)
+
+    monkeypatch.setattr(streaming, "read_source", read_after_other_run)
+    monkeypatch.setattr(lease.LeaseContent, "is_live", False)
+    with pytest.raises(LeaseLostError, match="run the same command again"):
+        folder.label()
+    assert len(folder.rows()) == 7
 
 
 def test_rebuild_after_copying_gives_the_same_statistics(folder: Folder) -> None:
