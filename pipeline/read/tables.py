@@ -29,7 +29,7 @@ from pipeline.config import ConfigError, InputConfig
 from pipeline.predictions import ErrorCategory, deserialize_table, sample_error, serialize_table
 from pipeline.read.parquet import describe_columns, read_class_names, read_value
 from pipeline.read.samples import Sample
-from pipeline.read.shards import TABLE_COMPRESSION, IgnoreReason, Shard
+from pipeline.read.shards import IMAGE_EXTENSIONS, TABLE_COMPRESSION, IgnoreReason, Shard, file_extension
 from pipeline.read.snapshots import DataFile, open_snapshot
 from pipeline.read.table_files import VERSION, open_file, open_inventory
 from pipeline.storage import (
@@ -321,7 +321,7 @@ def _find_uri_column(section: InputConfig, file: DataFile) -> str:
     if section.uri_column is not None:
         return section.uri_column
     names = [name for name in file.schema.names if name.lower() in _URI_NAMES] or file.schema.names
-    if len(names) != 1 or "://" in names[0]:
+    if len(names) != 1 or _is_data(file, names):
         cause = (
             f"set the column with the URIs of the images of {file.uri}, or exclude the file (input.exclude)"
         )
@@ -331,9 +331,14 @@ def _find_uri_column(section: InputConfig, file: DataFile) -> str:
 
 
 def _describe(file: DataFile) -> str:
-    is_data = any("://" in name for name in file.schema.names)
     remedy = "; the first line is not a header: set input.csv_columns to the names of the columns"
-    return describe_columns(file.schema) + (remedy if is_data else "")
+    return describe_columns(file.schema) + (remedy if _is_data(file, file.schema.names) else "")
+
+
+def _is_data(file: DataFile, names: Iterable[str]) -> bool:
+    """Returns whether a name of a column is a path, or the name of an image, from a CSV file without a header."""
+    is_csv = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".csv", ".tsv"))
+    return is_csv and any("/" in name or file_extension(name)[1:] in IMAGE_EXTENSIONS for name in names)
 
 
 def _require_column(file: DataFile, name: str | None, field: str) -> None:

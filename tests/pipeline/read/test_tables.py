@@ -165,14 +165,21 @@ def test_csv_without_a_header_has_configured_columns(tmp_path: Path) -> None:
     assert [x.key for x in samples(storage, str(tmp_path), csv_columns=["uri"])] == ["a;1.jpg", "b;2.jpg"]
 
 
-@pytest.mark.parametrize("content", [as_csv(ROWS, header=False), b"http://h/1.jpg\nhttp://h/2.jpg\n"])
+@pytest.mark.parametrize("start", [b"s3://b/", b"http://h/", b"/data/", b"a/", b""])
+@pytest.mark.parametrize("columns", [["uri"], ["label", "uri"], [*ROWS[0]]])
 @pytest.mark.parametrize("name", [None, "url"])
 def test_error_of_a_csv_without_a_header_names_the_setting(
-    content: bytes, name: str | None, tmp_path: Path
+    start: bytes, columns: list[str], name: str | None, tmp_path: Path
 ) -> None:
-    Storage().write(f"{tmp_path}/a.csv", content.replace(b"images/", b"s3://b/"))
+    rows = [{column: row[column] for column in columns} for row in ROWS]
+    Storage().write(f"{tmp_path}/a.csv", as_csv(rows, header=False).replace(b"images/", start))
     with pytest.raises(ConfigError, match=r"uri_column: .*a\.csv.*not a header: set input\.csv_columns"):
         list(listing(Storage(), str(tmp_path), uri_column=name))
+
+
+def test_column_of_parquet_may_have_the_name_of_a_path(tmp_path: Path) -> None:
+    Storage().write(f"{tmp_path}/a.parquet", make_parquet({"image/path": ["a.jpg"]}))
+    assert [x.key for x in samples(Storage(), str(tmp_path))] == ["a.jpg"]
 
 
 def test_types_of_json_lines_are_those_of_all_rows(tmp_path: Path) -> None:
