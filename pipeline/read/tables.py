@@ -336,7 +336,7 @@ def _describe(file: DataFile) -> str:
 
 
 def _is_data(file: DataFile, names: Iterable[str]) -> bool:
-    """Returns whether a name of a column is a path, or the name of an image, from a CSV file without a header."""
+    """Returns whether a column of a CSV file has a path or an image as its name: the file has no header."""
     is_csv = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".csv", ".tsv"))
     return is_csv and any("/" in name or file_extension(name)[1:] in IMAGE_EXTENSIONS for name in names)
 

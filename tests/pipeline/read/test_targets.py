@@ -216,7 +216,6 @@ def test_file_has_a_maximum_size_and_a_map_in_the_configuration_is_checked(tmp_p
         ("s3://b/t/label=3/x.parquet", None, "3"),
         ("s3://b/t/label=3/x.parquet", "label", "3"),
         ("s3://b/t/label=3/day=2/x.parquet", "label", "3"),
-        ("s3://b/t/label=3/day=2/x.parquet", None, "2"),
         ("s3://b/t/label=T-shirt%2Ftop/x.parquet", None, "T-shirt/top"),
         ("s3://b/t/my%20label=a=b/x.parquet", "my label", "a=b"),
         ("s3://b/t/label=__HIVE_DEFAULT_PARTITION__/x.parquet", None, None),
@@ -230,3 +229,9 @@ def test_path_without_the_folder_of_hive_is_a_problem() -> None:
     assert hive_label("s3://b/t/a=1/x=2.parquet", "label")[1] == (
         "the path has no folder label=value (label_from: folder)"
     )
+
+
+def test_label_is_in_one_folder_only_without_a_column() -> None:
+    label, problem = hive_label("s3://b/t/my%20label=3/day=2/x.parquet", None)
+    assert label is None
+    assert str(problem).endswith("set input.label_column to one of my label, day")
