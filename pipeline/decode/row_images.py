@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 from PIL import Image
 
 from pipeline.config import Config, make_storage
@@ -21,6 +22,12 @@ from pipeline.storage import ObjectInfo, Storage, is_under
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
+#: The columns that locate an image, with their types.
+_COLUMNS = {
+    "shard": pa.string(), "index": pa.int64(), "uri": pa.string(), "version": pa.string(),
+    "offset": pa.int64(), "size": pa.int64(),
+}  # fmt: skip
+
 
 def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFile:
     """Opens the image of a row of the labels with Pillow.
@@ -30,7 +37,8 @@ def open_image(row: Mapping[str, Any], config: Config | None = None) -> ImageFil
     or a row group of a Parquet file, the samples before the image are read too.
 
     Args:
-        row: the columns `shard`, `index`, `uri`, `version`, `offset` and `size` of a row.
+        row: the columns `shard`, `index`, `uri`, `version`, `offset` and `size` of a row, which is a
+            dictionary or a row of a DataFrame, for example.
         config: the configuration of the job, for its storage, its limits and, in Parquet, its image column.
             Without a configuration, the storage is configured by the environment.
 
@@ -57,6 +65,8 @@ def read_image(row: Mapping[str, Any], config: Config | None = None) -> bytes:
     """Returns the encoded image of a row; see `open_image`."""
     storage = Storage() if config is None else make_storage(config.storage)
     options = ReadOptions() if config is None else ReadOptions(config.input, config.read)
+    # Pandas has NaN or NA for null, and floats for the integers of a column with nulls.
+    row = {name: pa.scalar(row[name], kind, from_pandas=True).as_py() for name, kind in _COLUMNS.items()}
     uri, version, offset, size = row["uri"], row["version"], row["offset"], row["size"]
     if uri is None:
         raise ValueError(f"row {row['index']} of {row['shard']} has no URI, so it has no image")

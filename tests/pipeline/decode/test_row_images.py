@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipeline import label, open_image
@@ -63,6 +64,29 @@ def test_image_of_every_row_is_found(place: str, tmp_path: Path, bucket: str) ->
     for row in good:
         assert read_image(row) == expected_image(row), row
     assert open_image(good[0]).format in ("JPEG", "PNG")
+
+
+@pytest.mark.parametrize("package", ["pandas", "pandas with NA", "duckdb"])
+def test_row_of_a_data_frame_is_opened(tmp_path: Path, package: str) -> None:
+    rows = label_all(str(tmp_path))
+    unknown = {"uri": None, "version": None, "offset": None, "size": None}
+    table = pa.Table.from_pylist([*rows, rows[0] | unknown])
+    name = package.partition(" ")[0]
+    pytest.importorskip(name, reason=f"{name} is not installed: cvt-label[consumers]")
+    if package == "duckdb":
+        import duckdb
+
+        frame = duckdb.from_arrow(table).df()
+    else:
+        frame = table.to_pandas()
+        frame = frame.convert_dtypes() if package == "pandas with NA" else frame
+    for number, row in enumerate(rows):
+        for found in (frame.iloc[number], frame.iloc[number].to_dict()):
+            found["version"] = frame["version"].iloc[-1 if number % 2 else number]
+            if row["error"] is None:
+                assert read_image(found) == expected_image(row)
+    with pytest.raises(ValueError, match=f"row {rows[0]['index']} of .* has no URI"):
+        read_image(frame.iloc[-1])
 
 
 def test_image_in_a_tar_needs_one_ranged_read(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
