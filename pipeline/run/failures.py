@@ -1,7 +1,7 @@
 """Failures of a run: error rows and unreadable shards, and limits on their fractions.
 
 Counts have the keys `images`, `errors`, `shards`, `unreadable`, `empty` (shards without an image), and each
-error category. Images of unreadable shards do not count.
+error category. Copied rows are images of their shard. Images of unreadable shards do not count.
 """
 
 import hashlib
@@ -76,7 +76,6 @@ class FailureMonitor:
             counts = Counter(shards=1, unreadable=1)
         copied = self.copied.get(row.uri, CopiedRows(0))
         known = Counter(
-            images=copied.count,
             errors=before.errors or 0 if before.version == shard.version else copied.errors,
             unreadable=before.failed_version == shard.version,
             empty=before.version == shard.version,

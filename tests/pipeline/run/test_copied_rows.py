@@ -207,13 +207,18 @@ def test_rows_are_copied_in_a_bucket(bucket: str, monkeypatch: pytest.MonkeyPatc
     assert folder.rows() == relabeled(folder)
 
 
-def test_gate_counts_only_images_that_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_rows_are_images_of_the_shard_for_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Folder(str(tmp_path), monkeypatch)
-    folder.write(*(f"{number:02d}" for number in range(20)))
+    folder.write(*(f"{number:02d}" for number in range(19)))
+    folder.write("a", data=b"no image")
     folder.label()
-    folder.write("a", "b", data=b"no image")
-    [limit] = folder.label("gate.max_error_fraction=0.1").broken_failure_limits
-    assert limit.startswith("2 of 2 images (100.0%) failed")
+    folder.write("b", "c", data=b"no image")
+    assert folder.label("gate.max_error_fraction=0.1").broken_failure_limits == []
+    assert folder.label("gate.max_error_fraction=0.1").broken_failure_limits == []  # nothing to label
+    [limit] = folder.label("gate.max_error_fraction=0.05").broken_failure_limits
+    assert limit.startswith("2 of 22 images (9.1%) failed")
 
 
 def test_copied_decode_error_keeps_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
