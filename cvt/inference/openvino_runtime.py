@@ -30,7 +30,7 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise ImportError(f"runtime: {OPENVINO_MISSING}") from error
     finally:
-        del sys.modules["openvino_telemetry"]
+        sys.modules.pop("openvino_telemetry", None)
     return openvino
 
 
