@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache, partial
 from os.path import commonprefix
 
 from pipeline.config import ConfigError, InputConfig, InputFormat, InputUris, UriPattern
@@ -59,6 +60,7 @@ def _list_objects(
     root is added to `tables`. Raises `StorageError`, or `ConfigError` if a selected Parquet or Lance file is
     in another table.
     """
+    find = cache(partial(find_table, storage))  # many files of one folder may be roots
     for root, patterns in inputs.roots.items():
         prefix = commonprefix([pattern.prefix for pattern in patterns])[len(root) + 1 :]  # noqa: RUF071
         is_selected = bool(inputs.matches(root, root))
@@ -70,13 +72,13 @@ def _list_objects(
                 table, kind = info.uri[: metadata.start()], _FORMATS[metadata[metadata.lastindex or 0]]
             elif (
                 info.uri.endswith((".parquet", ".lance"))
-                and info.uri != root
                 and inputs.matches(root, info.uri)
                 and not inputs.excludes(root, info.uri)
             ):
                 # Metadata may be above the root, in the rest of the listing, or not start with the prefix.
                 if not last_file:
-                    table, kind = find_table(storage, f"{root}/{prefix}") or (table, kind)
+                    start = root if info.uri == root else f"{root}/{prefix}"
+                    table, kind = find(start.rpartition("/")[0]) or (table, kind)
                 last_file = info.uri
             is_root = table == root and kind in ("Delta", "Iceberg") and is_selected
             # The files of a table are adjacent in a listing, or in another folder.
@@ -87,19 +89,21 @@ def _list_objects(
                 yield from [ObjectInfo(root, 0, "")] if format == "table" else snapshot_files(storage, root)
                 break
             else:
+                remedy = "set input.uri to the table"
+                if kind in ("Hudi", "Lance"):
+                    remedy = "write its current rows as Parquet to another folder"
                 raise ConfigError(
                     f"{table} is a table in {kind} format, whose folder also has files that are no longer "
-                    "part of it: set input.uri to the table (Delta and Iceberg only), or exclude it with "
-                    "input.exclude"
+                    f"part of it: {remedy}, or exclude it with input.exclude"
                 )
 
 
-def find_table(storage: Storage, uri: str) -> tuple[str, str] | None:
-    """Finds the table of a file by the start of its URI; returns folder and format of the table.
+def find_table(storage: Storage, folder: str) -> tuple[str, str] | None:
+    """Finds the table of a file by its folder; returns folder and format of the table.
 
     Between a table and its files may be folders such as `data` and `column=value`.
     """
-    folder, name = uri.rpartition("/")[0], "="
+    name = "="
     while "=" in name or name == "data":
         for metadata, format in _FORMATS.items():
             if any(_METADATA.match(x.uri, len(folder)) for x in storage.list(f"{folder}/{metadata}")):
