@@ -34,7 +34,7 @@ _SAMPLE_SCHEMA = pa.schema(
     ]
 )
 #: The samples of a chunk without samples.
-NO_SAMPLES = _SAMPLE_SCHEMA.empty_table()
+NO_SAMPLES = pa.Table.from_batches([], _SAMPLE_SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
