@@ -135,8 +135,8 @@ def _require(uri: str, format: str, package: str, extra: str) -> None:
 
 
 def _normalized(location: str) -> str:
-    """Returns the normalized URI of a location, which Hadoop may have written, such as `file:/a` and `s3a://b/c`."""
-    return normalize_uri(re.sub(r"^s3[an]://", "s3://", re.sub("^file:/(?=[^/])", "file:///", location)))
+    """Returns the normalized URI of a location, which Hadoop may have written, such as `s3a://b/c`."""
+    return normalize_uri(re.sub(r"^s3[an]://", "s3://", location))
 
 
 def _text(error: Exception) -> str:

@@ -58,6 +58,7 @@ _URI_NAMES = {
 }  # fmt: skip
 _BUCKET, _MAX_KEY_BYTES = re.compile(r"[A-Za-z0-9._-]{1,255}"), 1024
 _SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+_SCHEMES = {"s3", "gs", "http", "https", "file"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
 _ROW_SCHEMA = pa.schema({"uri": pa.string(), "error": pa.string(), "key": pa.string()})
 
@@ -238,11 +239,12 @@ def _to_rows(
 
 def resolve_uri(text: str, folder: str) -> str:
     """Returns the normalized URI of an image; raises `ValueError` or `StorageError` for another text."""
-    if re.search(r"[\0-\x1f\x7f]|^data:", text):
-        raise ValueError("not the URI of an image; s3://, gs://, http(s)://, file:// and paths are supported")
     text.encode()
     scheme, separator, rest = text.partition("://")
     scheme = _SPELLINGS.get(scheme.lower(), scheme.lower()) if separator else ""
+    is_path = not separator and (is_relative(text) or text.startswith(("/", "file:/")))
+    if re.search(r"[\0-\x1f\x7f]|^data:", text) or not (is_path or scheme in _SCHEMES):
+        raise ValueError("not the URI of an image; s3://, gs://, http(s)://, file:// and paths are supported")
     if scheme in ("http", "https"):
         address = urlsplit(text)
         if not address.hostname or "@" in address.netloc:

@@ -15,6 +15,7 @@ _MISTYPED = re.compile(
     re.I,
 )
 _SIGNATURE = re.compile(r"[?&]X-(Amz|Goog)-(Signature|Credential|Security-Token)=", re.I)
+_LOCATIONS = "s3://, gs://, file:// or a local path"
 
 #: The version of an object that does not exist.
 ABSENT = "absent"
@@ -92,13 +93,14 @@ class ObjectInfo:
 def normalize_uri(uri: str) -> str:
     """Returns the canonical form of a URI, without a trailing slash.
 
-    A local path becomes absolute, without `file://`.
+    A local path becomes absolute, without `file://`; also `file:/path` and `file://localhost/path`.
 
     Raises:
         StorageError: The URI has no bucket, no path or no valid scheme, or contains credentials.
     """
+    uri = re.sub("^file:(//localhost)?/(?!/)", "file:///", uri)
     if mistyped := _MISTYPED.match(uri):  # would be a local folder
-        raise StorageError(f"{mistyped[0]}...", "mistyped scheme; write s3://, gs:// or a local path")
+        raise StorageError(f"{mistyped[0]}...", f"mistyped scheme; write {_LOCATIONS}")
     scheme, separator, rest = uri.partition("://")
     if _SIGNATURE.search(rest) or (scheme in ("s3", "gs") and "@" in rest.partition("/")[0]):
         cause = "the URI contains credentials or a signature; set credentials in the environment"
@@ -117,7 +119,7 @@ def normalize_uri(uri: str) -> str:
 
 def unsupported_scheme(scheme: str) -> StorageError:  # noqa: D103
     # Without the rest of the URI: the query of a signed URL holds the signature.
-    return StorageError(f"{scheme}://...", f"{scheme}:// is not supported; use s3://, gs:// or a local path")
+    return StorageError(f"{scheme}://...", f"{scheme}:// is not supported; use {_LOCATIONS}")
 
 
 def is_relative(uri: str) -> bool:

@@ -325,12 +325,22 @@ BAD_URIS: list[tuple[str | None, ErrorCategory]] = [
 def test_bad_uris_are_error_rows(tmp_path: Path) -> None:
     storage = Storage()
     write_images(storage, str(tmp_path), 1)
-    uris = ["images/0.jpg", *(uri for uri, _ in BAD_URIS), f"file://{tmp_path}/images/0.jpg"]
+    uris = ["images/0.jpg", *(uri for uri, _ in BAD_URIS)]
     storage.write(f"{tmp_path}/a.parquet", make_parquet({"uri": pa.array(uris, pa.string())}))
-    first, *bad, last = samples(storage, str(tmp_path))
-    assert first.image == last.image == make_image(0)
+    first, *bad = samples(storage, str(tmp_path))
+    assert first.image == make_image(0)
     assert [category_of(sample.error) for sample in bad] == [category for _, category in BAD_URIS]
     assert "secret" not in str([sample.error for sample in bad])
+    schemes = [x.key for x in bad if "s3://, gs://, http(s)://, file:// and paths are supp" in str(x.error)]
+    assert schemes == ["ftp://host/a.jpg", "s3:/bucket/a.jpg", "data:image/png;base64,AAAA", "a\0.jpg"]
+
+
+def test_every_spelling_of_a_local_path_names_the_image(tmp_path: Path) -> None:
+    write_images(Storage(), str(tmp_path), 1)
+    starts = ("", "file:", "file://", "file://localhost", "FILE://")
+    Storage().write(f"{tmp_path}/a.txt", "\n".join(f"{x}{tmp_path}/images/0.jpg" for x in starts).encode())
+    found = samples(Storage(), str(tmp_path))
+    assert [(x.uri, x.image) for x in found] == [(f"{tmp_path}/images/0.jpg", make_image(0))] * 5
 
 
 @pytest.mark.parametrize(

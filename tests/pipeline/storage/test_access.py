@@ -283,7 +283,6 @@ def test_unsupported_scheme_is_refused(storage: Storage) -> None:
             "S3//planted",
             "gs:/planted",
             "S3://b/x?planted",
-            "file:/planted",
         ),
         *("https://b.s3.amazonaws.com/x?X-Amz-Signature=planted", "https:/h?token=planted", "hdfs:/planted"),
         *("s3;//planted", "s3.//planted", "gs-//planted", "s3/:/planted", "ssh:key@planted", "s3a//planted"),
@@ -305,7 +304,7 @@ def test_path_that_looks_like_a_uri_is_a_path(path: str) -> None:
     assert normalize_uri(path) == str(Path.cwd() / path)
 
 
-@pytest.mark.parametrize("uri", ["s3://", "gs:///", "file://relative/x", ""])
+@pytest.mark.parametrize("uri", ["s3://", "gs:///", "file://relative/x", "file://localhost", ""])
 def test_uri_without_bucket_or_path_is_refused(uri: str) -> None:
     with pytest.raises(StorageError, match=r"has no bucket|must be absolute|is empty"):
         normalize_uri(uri)
@@ -317,6 +316,8 @@ def test_uri_without_bucket_or_path_is_refused(uri: str) -> None:
         ("s3://bucket/folder/", "s3://bucket/folder"),
         ("gs://bucket//", "gs://bucket"),
         ("file:///data/with%20space/", "/data/with space"),
+        ("file:/data/a", "/data/a"),
+        ("file://localhost/data/a", "/data/a"),
         ("/data//a/../b/", "/data/b"),
     ],
 )
