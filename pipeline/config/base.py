@@ -108,6 +108,10 @@ def _normalize_unless_relative(uri: str, info: ValidationInfo) -> str:
     return uri if is_relative(uri) else _normalize(uri, info)
 
 
+def _id_to_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -125,3 +129,6 @@ Uris = Annotated[str | list[str], BeforeValidator(_normalize_each)]
 
 #: The name of a model, or the path or URI of a file or folder. URIs and absolute paths are normalized.
 NameOrUri = Annotated[Address, AfterValidator(_normalize_unless_relative)]
+
+#: The name of a class, or its id.
+ClassName = Annotated[str, BeforeValidator(_id_to_text, json_schema_input_type=str | int)]

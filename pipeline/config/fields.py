@@ -2,8 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -31,6 +33,32 @@ def describe_error(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
             return "must not be empty"
     message = str(error["msg"]).removeprefix("Value error, ").partition(" after validation")[0]
     return _MESSAGES.get(error["type"], re.sub(r"^\w+ should ", "must ", message))
+
+
+def merge_unions(kind: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the errors, merged for each union: pydantic reports each of its types, with an internal name."""
+    by_field = defaultdict[tuple[Any, ...], list[dict[str, Any]]](list)
+    for error in errors:
+        location = error["loc"]
+        end = _end_of_union(kind, location)
+        by_field[location[:end]].append({**error, "loc": location[:end] + location[end + 1 :]})
+    for field, found in by_field.items():
+        inside = [error for error in found if error["loc"] != field]
+        chosen = inside or [error for error in found if not error["type"].endswith("_type")]
+        expected = " or ".join(describe_error(kind, error).removeprefix("must be ") for error in found)
+        yield from chosen or [found[0] | {"type": "union_type", "msg": f"must be {expected}"}]
+
+
+def _end_of_union(section: type[BaseModel], location: Sequence[Any]) -> int:
+    """Returns the number of parts of a location up to a field with several types, or else of all parts."""
+    for end, part in enumerate(location, 1):
+        if part in section.model_fields:  # else the key of a mapping
+            annotation = section.model_fields[part].annotation
+            types = {*get_args(annotation)} - {NoneType}
+            if get_origin(annotation) in (Union, UnionType) and len(types) > 1:
+                return end
+            section = model_in(annotation) or section
+    return len(location)
 
 
 def _section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:

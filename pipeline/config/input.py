@@ -5,13 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from pipeline.config.base import VALUE_HIDDEN, Address, NameOrUri, PositiveInt, Section, Uris
+from pipeline.config.base import VALUE_HIDDEN, Address, ClassName, NameOrUri, PositiveInt, Section, Uris
 from pipeline.config.uris import InputUris
 from pipeline.text import arrow_type
 
 InputFormat = Literal["auto", "webdataset", "parquet", "images", "table"]
 
-_OPERATORS = {"=", "==", "!=", "<", "<=", ">", ">=", "in", "not in"}
+_OPERATORS = ("!=", "<", "<=", "=", "==", ">", ">=", "in", "not in")
 #: Fields that no label depends on: they select samples, or are part of a shard's version.
 NOT_IN_FINGERPRINT = {
     "uri", "exclude", "format", "uri_column", "filter", "csv_columns", "check_objects", "carry",
@@ -115,10 +115,12 @@ class InputConfig(Section):
     `model.labels`. Null: the names in the schema of the file, if it has some; else an integer label is a
     class id of the model.
     """
-    target_map: NameOrUri | dict[str, str] | None = Field(default=None, examples=[{"sneakers": "Sneaker"}])
-    """Class of the model for each class of the dataset, by name: a mapping, or the path or URI of a JSON file
-    with one. Several classes of the dataset may have the same class of the model. Null: classes with equal
-    names.
+    target_map: NameOrUri | dict[ClassName, ClassName] | None = Field(
+        default=None, examples=[{"sneakers": "Sneaker"}]
+    )
+    """Name or id of the model's class for each class of the dataset: a mapping, or the path or URI of a JSON
+    file with one. Several classes of the dataset may have the same class of the model. Null: classes with
+    equal names.
     """
     max_image_bytes: PositiveInt = 256 * 1024**2
     """Maximum size of an encoded image, in bytes. A larger image is an error row, and is not read."""
@@ -160,12 +162,15 @@ class InputConfig(Section):
                 raise ValueError(message) from None
         return carry
 
-    @field_validator("filter")
+    @field_validator("filter", mode="before")
     @classmethod
-    def _check_operators(cls, conditions: list[list[Any]]) -> list[list[Any]]:
-        for column, operator, _ in conditions:
-            if not isinstance(column, str) or operator not in _OPERATORS:
-                raise ValueError(f"expected a column, one of {' '.join(sorted(_OPERATORS))}, and a value")
+    def _check_conditions(cls, conditions: Any) -> Any:
+        for each in conditions if isinstance(conditions, list) else [conditions]:
+            is_condition = isinstance(each, list) and len(each) == 3 and isinstance(each[0], str)
+            if not is_condition or each[1] not in _OPERATORS:
+                raise ValueError(
+                    f"expected [[column, operator, value]] with an operator of {' '.join(_OPERATORS)}"
+                )
         return conditions
 
     @field_validator("image_member")

@@ -13,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
 
 from pipeline.config.base import VALUE_HIDDEN, ConfigError
-from pipeline.config.fields import describe_error
+from pipeline.config.fields import describe_error, merge_unions
 from pipeline.config.job import Config
 from pipeline.config.train import TrainConfig
 from pipeline.text import remove_secrets
@@ -70,7 +70,7 @@ def load_config(
     try:
         return kind.model_validate(values, context={"keep_relative_paths": keep_relative_paths})
     except ValidationError as error:
-        errors = [_describe(kind, each, origins) for each in error.errors()]
+        errors = [_describe(kind, each, origins) for each in merge_unions(kind, error.errors())]
     of_file = [f"  {message}" for message in errors if not message.startswith("--set ")]
     of_overrides = [message for message in errors if message.startswith("--set ")]
     header = [f"{source}:"] if of_file else []

@@ -125,8 +125,11 @@ def _read_map(file: Path) -> dict[str, str]:
 def _to_map(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
     mapping = dict[str, str]()
     for key, name in pairs:
+        name = str(name) if type(name) is int else name
         if not isinstance(name, str):
-            raise ValueError(f'{_show(key)}: {_show(name)} is not text; expected {{"label": "class", ...}}')
+            raise ValueError(
+                f'{_show(key)}: {_show(name)} is no name or id; expected {{"label": "class", ...}}'
+            )
         if key in mapping:
             raise ValueError(f"{_show(key)} is in the file more than once; remove the wrong lines")
         mapping[key] = name

@@ -453,16 +453,56 @@ def test_relative_paths_are_made_absolute_unless_kept(
     assert (sent.input.uri, sent.output.uri) == ("in/", "s3://b/out")
 
 
-def test_unknown_operator_of_a_filter_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "condition", ["[[split, '~', train]]", "[split, =, train]", "[[a, b]]", "[[a, [], 1]]"]
+)
+def test_invalid_filter_gives_one_message_with_the_form(tmp_path: Path, condition: str) -> None:
     path = write(tmp_path, MINIMAL)
     table = "input.format=table"
-    with pytest.raises(
-        ConfigError, match="expected a column, one of != < <= = == > >= in not in, and a value"
-    ):
-        load_config(Config, path, [table, "input.filter=[[split, '~', train]]"])
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, path, [table, f"input.filter={condition}"])
+    assert str(caught.value).splitlines() == [
+        f"--set input.filter={condition}: expected [[column, operator, value]] with an operator of "
+        "!= < <= = == > >= in not in"
+    ]
     assert load_config(Config, path, [table, "input.filter=[[split, in, [a, b]]]"]).input.filter == [
         ["split", "in", ["a", "b"]]
     ]
+
+
+def test_class_ids_of_a_mapping_are_integers_or_text(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    loaded = load_config(Config, path, ["input.target_map={boot: 9, 3: '4', bag: Bag}"])
+    assert loaded.input.target_map == {"boot": "9", "3": "4", "bag": "Bag"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "messages"),
+    [
+        ("target_map", "[a]", ["must be text or a mapping"]),
+        ("target_map", "{a: 1.5, b: [1]}", ["{}.a: must be text", "{}.b: must be text"]),
+        ("target_map", "{a: true}", ["{}.a: must be text"]),
+        ("target_map", "''", ["must not be empty"]),
+        ("target_names", "5", ["must be text or a valid list"]),
+        ("target_names", "[a, 1]", ["{}.1: must be text"]),
+    ],
+)
+def test_error_of_a_field_with_several_types_names_no_internals(
+    tmp_path: Path, field: str, value: str, messages: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, write(tmp_path, MINIMAL), [f"input.{field}={value}"])
+    start = f"--set input.{field}={value}: "
+    assert str(caught.value).splitlines() == [start + each.format(f"input.{field}") for each in messages]
+
+
+def test_credentials_in_a_field_with_several_types_are_hidden(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--set input\.target_map: must not contain credentials"
+    ) as caught:
+        load_config(Config, write(tmp_path, MINIMAL), ["input.target_map=s3://user:secret@b/x"])
+    assert len(str(caught.value).splitlines()) == 1
+    assert "secret" not in str(caught.value)
 
 
 JOB = yaml.safe_load(MINIMAL)

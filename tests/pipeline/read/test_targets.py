@@ -164,9 +164,9 @@ def test_content_of_files_counts_and_not_their_path(tmp_path: Path) -> None:
     for name in texts:
         loaded = load_targets(Storage(), section(target_names=f"{tmp_path}/{name}"), FASHION)
         assert loaded == expected
-    (tmp_path / "map.json").write_text('\ufeff{"b": "Bag", "a": "Bag"}')
+    (tmp_path / "map.json").write_text('\ufeff{"b": "Bag", "a": 8}')
     loaded = load_targets(Storage(), section(target_map=f"file://{tmp_path}/map.json"), FASHION)
-    assert loaded == section(target_map={"a": "Bag", "b": "Bag"})
+    assert loaded == section(target_map={"a": "8", "b": "Bag"})
     assert load_targets(Storage(), section(), FASHION) == section()
 
 
@@ -176,10 +176,10 @@ def test_content_of_files_counts_and_not_their_path(tmp_path: Path) -> None:
         ("target_names", "n.txt", None, "no such"),
         ("target_names", "n.txt", "a\n\nb\n", "the name of class 1 is empty"),
         ("target_names", "n.json", '["a", 1]', "expected a list of names"),
-        ("target_map", "m.json", "[1]", "'the file': [1] is not text; expected"),
-        ("target_map", "m.json", '{"a": "Bag", "b": 3}', "'b': 3 is not text; expected"),
+        ("target_map", "m.json", "[1]", "'the file': [1] is no name or id; expected"),
+        ("target_map", "m.json", '{"a": "Bag", "b": 1.5}', "'b': 1.5 is no name or id; expected"),
         ("target_map", "m.json", '{"a": "Bag", "a": "Coat"}', "'a' is in the file more than once; remove"),
-        ("target_map", "m.json", '{"a": {"b": 1}}', "'b': 1 is not text; expected"),
+        ("target_map", "m.json", '{"a": {"b": true}}', "'b': True is no name or id; expected"),
         ("target_map", "m.json", "a", "Expecting value"),
         ("target_map", "m.json", b"\xff", "can't decode"),
         ("target_map", "m.json", '{"a": ' * 100_000, "recursion"),
