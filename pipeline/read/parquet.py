@@ -143,7 +143,8 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
         if "image" not in candidates and len(candidates) != 1:
             found = "more than one column has an image type"
             if not candidates:
-                found = "no column has an image type (decoded pixels must be encoded, as JPEG or PNG)"
+                found = "no column has an image type: for images by URI or path, set input.format: table; "
+                found += "for decoded pixels, encode them as JPEG or PNG"
             hint = f"{found}; set `input.image_column`"
             raise UnreadableShardError(f"{hint}; {describe_columns(schema)}")
         name = "image" if "image" in candidates else cast(str, candidates[0])
