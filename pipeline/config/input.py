@@ -171,6 +171,8 @@ class InputConfig(Section):
                 raise ValueError(
                     f"expected [[column, operator, value]] with an operator of {' '.join(_OPERATORS)}"
                 )
+            if each[1] in ("in", "not in") and not isinstance(each[2], list):
+                raise ValueError(f"the value must be a list: [[{each[0]}, {each[1]}, [{each[2]}]]]")
         return conditions
 
     @field_validator("image_member")

@@ -465,6 +465,8 @@ def test_invalid_filter_gives_one_message_with_the_form(tmp_path: Path, conditio
         f"--set input.filter={condition}: expected [[column, operator, value]] with an operator of "
         "!= < <= = == > >= in not in"
     ]
+    with pytest.raises(ConfigError, match=r"must be a list: \[\[split, not in, \[train\]\]\]"):
+        load_config(Config, path, [table, "input.filter=[[split, not in, train]]"])
     assert load_config(Config, path, [table, "input.filter=[[split, in, [a, b]]]"]).input.filter == [
         ["split", "in", ["a", "b"]]
     ]
