@@ -26,6 +26,11 @@ from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 #: The column of an inventory's file with the versions of the objects.
 VERSION = "cvt_label_version"
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
+#: What to do about an error of Arrow, by a part of its message.
+_REMEDIES = {
+    "columns, got": "correct the line, or set input.csv_columns to the names of all columns",
+    "invalid UTF8": "convert the file to UTF-8",
+}
 
 
 class DataFile(NamedTuple):
@@ -112,8 +117,10 @@ def _parse_json(file: DataFile) -> DataFile:
 
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         for rows in objects():
-            with _file_errors(file.uri):
-                arrays = [pa.array([row.get(name) for row in rows]) for name in columns]
+            arrays = []
+            for name in columns:
+                with _file_errors(file.uri, f"the column {name!r} must have one type: "):
+                    arrays.append(pa.array([row.get(name) for row in rows]))
             yield pa.RecordBatch.from_arrays(arrays, [*columns])
 
     names = dict.fromkeys(name for row in next(objects(), []) for name in row)
@@ -165,13 +172,15 @@ def _read_inventory(
 
 
 @contextmanager
-def _file_errors(uri: str) -> Iterator[None]:
+def _file_errors(uri: str, problem: str = "") -> Iterator[None]:
     try:
         yield
     except StorageError:
         raise
     except Exception as error:  # each format has its own classes
-        raise StorageError(uri, f"cannot be read as a table: {type(error).__name__}: {error}") from error
+        remedy = "".join(f"; {remedy}" for text, remedy in _REMEDIES.items() if text in str(error))
+        cause = f"cannot be read as a table: {problem}{type(error).__name__}: {error}{remedy}"
+        raise StorageError(uri, cause) from error
 
 
 def read_parquet(

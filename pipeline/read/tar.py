@@ -106,7 +106,8 @@ def _parse_block(block: bytes, position: int) -> tarfile.TarInfo:
     except tarfile.HeaderError as error:
         if position == 0:
             kinds = "uncompressed, or with gzip, bzip2, xz, zstd or lz4"
-            raise UnreadableShardError(f"not a tar ({kinds}): the first header is invalid") from error
+            problem = "the first header is invalid" if block else "it is empty"
+            raise UnreadableShardError(f"not a tar ({kinds}): {problem}") from error
         raise UnreadableShardError(f"the tar is damaged or truncated at byte {position}: {error}") from error
 
 

@@ -360,6 +360,24 @@ def test_damaged_table_is_named(name: str, content: bytes, tmp_path: Path) -> No
         list(listing(Storage(), str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("a.csv", b"uri,n\na.jpg,1,2\n", None, "Row #2: .* got 3: .*correct the line"),
+        ("a.csv", b"a.jpg,1\n", ["uri"], "input.csv_columns to the names of all columns"),
+        ("a.csv", b"uri,n\n\xe4.jpg,1\n", None, "convert the file to UTF-8"),
+        ("a.jsonl", b'{"uri":"a.jpg","n":1}\n{"uri":"b.jpg","n":"x"}', None, "column 'n' must have one type"),
+    ],
+)
+def test_error_of_a_text_table_has_a_remedy(
+    name: str, content: bytes, columns: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    Storage().write(f"{tmp_path}/{name}", content)
+    carry = [] if columns else ["n"]
+    with pytest.raises(StorageError, match=message):
+        list(listing(Storage(), str(tmp_path), csv_columns=columns, carry=carry))
+
+
 def test_table_without_rows_has_no_shards(tmp_path: Path) -> None:
     storage = Storage()
     files = {"a.csv": b"uri\n", "c.parquet": make_parquet({"uri": []}), "d.csv.gz": gzip.compress(b"")}
