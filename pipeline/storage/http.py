@@ -35,7 +35,8 @@ _CAUSES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     TimeoutError: "timeout: no complete response in time (storage.request_timeout_s)",
     aiohttp.ClientConnectorCertificateError: "the TLS certificate is not valid (see SSL_CERT_FILE)",
     aiohttp.ClientConnectorError: "cannot connect to the host or proxy",
-    _PERMANENT: "the URI or its redirect is not a valid http(s) address, or has too many redirects",
+    aiohttp.TooManyRedirects: "too many redirects: more than 9",
+    _PERMANENT: "the URI or its redirect is not a valid http(s) address",
     Exception: "the response is malformed or incomplete",
 }
 

@@ -194,7 +194,7 @@ def test_number_of_redirects_is_limited(server: HttpServer, downloader: Download
         server.add(f"/{i}", Answer(status=302, headers={"Location": f"/{i + 1}"}))
     server.add("/11", Answer(b"good"))
     assert fetch(downloader, f"{server.url}/3").content == b"good"
-    with pytest.raises(StorageError, match=r"/0: .*too many redirects"):
+    with pytest.raises(StorageError, match=r"/0: too many redirects: more than 9$"):
         fetch(downloader, f"{server.url}/0")
 
 
@@ -203,7 +203,9 @@ def test_redirect_outside_of_http_is_an_error(
     server: HttpServer, downloader: Downloader, location: str
 ) -> None:
     uri = server.add("/r", Answer(status=302, headers={"Location": location}))
-    with pytest.raises(StorageError, match=r"r: the URI or its redirect .*not a valid http\(s\)") as caught:
+    with pytest.raises(
+        StorageError, match=r"r: the URI or its redirect is not a valid http\(s\) address"
+    ) as caught:
         fetch(downloader, uri)
     assert "planted" not in str(caught.value)
     assert server.count()["/r"] == 1
