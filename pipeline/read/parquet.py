@@ -125,7 +125,8 @@ def _column_paths(schema: pa.Schema, paths: Sequence[str], options: ReadOptions)
         if name is not None:
             leaves = [path for path in paths if f"{path}.".startswith(f"{name}.")]
             if role.startswith("carry ") and len(leaves) > 1:
-                raise UnreadableShardError(f"input.carry: column {name!r} has several parts: {leaves}")
+                problem = f"column {name!r} has several parts: {leaves}"
+                raise UnreadableShardError(f"input.carry: {problem}; remove it, or write it as JSON text")
             # The first part of a nested column is enough to report that it is nested.
             found[role] = min(leaves, key=len)
     found = {role: path for role, path in found.items() if path in paths}

@@ -11,7 +11,7 @@ import pytest
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode
-from pipeline.read import Sample, read_samples
+from pipeline.read import Sample, ShardError, read_samples
 from pipeline.storage import Storage
 from tests.makers import list_shards, make_image, make_parquet
 from tests.read_options import read_options
@@ -65,3 +65,15 @@ def test_every_type_with_bytes_is_an_image_column(
 
 def test_column_of_type_null_has_no_image(tmp_path: Path) -> None:
     assert [sample.image for sample in read(tmp_path, {"image": pa.nulls(2)})] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), pa.array([{"a": 1, "b": 2}])],
+    ids=["map", "struct"],
+)
+def test_carried_column_with_several_parts_is_refused_with_a_remedy(column: pa.Array, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(make_parquet({"image": IMAGES[:1], "c": column}))
+    [shard] = list_shards(Storage(), str(tmp_path))
+    with pytest.raises(ShardError, match=r"input\.carry: column 'c' has several parts: .*as JSON text"):
+        list(read_samples(Storage(), shard, read_options(carry={"c": None})))
