@@ -27,7 +27,7 @@ _SECRETS = (
     ),
     re.compile(
         rf"(?i)(?<![\w/-])((?:{_SECRET_NAME}){_ASSIGNED})"
-        r"(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|[^\s\"'&;,)}\]]+)()"
+        r"(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|(?:(?!:\s)[^\s\"'&;,)}\]])+)()"
     ),
     re.compile(
         rf"(?i)(\bauthorization(?:[\"'], ?b?[\"']|{_ASSIGNED})(?:(?:bearer|basic|token) )?)"

@@ -97,6 +97,7 @@ def _record(message: str) -> logging.LogRecord:
         ("GET /x?token=PW&part=1 failed", "GET /x?token=***&part=1 failed"),
         ("X-Amz-Credential=PW/s3&X-Amz-Signature=PW", "X-Amz-Credential=***&X-Amz-Signature=***"),
         ("https://a/b?sv=1&sig=PW%3D", "https://a/b?sv=1&sig=***"),
+        ("https://a/b?sig=PW:PW: the object has changed", "https://a/b?sig=***: the object has changed"),
         ("AWS_SECRET_ACCESS_KEY=PW", "AWS_SECRET_ACCESS_KEY=***"),
         ("https://user:PW@PW@host/x", "https://***@host/x"),
         ("https://me:PW?PW#PW@host/x", "https://***@host/x"),
