@@ -32,7 +32,7 @@ class ReadConfig(Section):
     split_bytes: PositiveInt | None = 4 * 1024**3
     """Size in bytes from which a Parquet file or an uncompressed tar is divided into parts of about this
     size. A part is a shard: it is read, written and resumed on its own. After a change of this field, divided
-    files are labeled again. Null: no file is divided.
+    files are labeled again. A tar of more than 10,000 parts is an error. Null: no file is divided.
     """
     chunk_images: PositiveInt | None = None
     """Maximum number of images in a chunk. Null: from the model's size; for CvT-13 at 224 pixels, 1024 on a

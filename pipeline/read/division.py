@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import pyarrow.parquet as pq
 
+from pipeline.config import ConfigError
 from pipeline.read.limits import Deadline
 from pipeline.read.parquet_pages import FooterFile
 from pipeline.read.samples import UnreadableShardError
@@ -25,6 +26,7 @@ from pipeline.storage import ObjectChanged, ObjectNotFound, Storage, StorageErro
 
 _THREADS, _BATCH_FILES = 16, 256
 _PROBED_BYTES, _PROBE_BYTES = 1024**2, 64 * 1024  # at a boundary in a tar, and of one request
+_MAX_PARTS = 10_000  # of a tar, each of which is found by a request
 _MAX_MEMBERS = 100  # that are read to find the start of a sample
 _NO_LIMIT = Deadline(math.inf)  # requests have their own
 
@@ -53,9 +55,10 @@ def divide_files(
     carry: Mapping[str, str | None] | None = None,
     key: str = "first-dot",
 ) -> Iterator[Shard]:
-    """Yields the shards, or the parts of files of more than `split_bytes`, in order; raises `StorageError`.
+    """Yields the shards, or the parts of files of more than `split_bytes`, in order.
 
-    The columns of `input.carry` become part of the versions. `key` is the rule for keys of tars.
+    The columns of `input.carry` become part of the versions. `key` is the rule for keys of tars. Raises
+    `StorageError`, or `ConfigError` for a tar of more than 10,000 parts.
     """
     names = json.dumps([*(carry or {}).items()]).encode()
     suffix = f"/carry-{hashlib.blake2b(names, digest_size=8).hexdigest()}" if carry else ""
@@ -80,10 +83,10 @@ def _divide(storage: Storage, part_bytes: int, key: str, shard: Shard) -> list[S
             if shard.format == "parquet":
                 starts = _parquet_starts(stream, shard.size, part_bytes)
             else:
-                starts = _tar_starts(stream, shard.size, part_bytes, key)
+                starts = _tar_starts(stream, shard, part_bytes, key)
     except (ObjectChanged, ObjectNotFound):
         return [shard]
-    except (StorageError, MemoryError):  # another division would label the file again
+    except (ConfigError, StorageError, MemoryError):  # another division would label the file again
         raise
     except Exception:
         return [shard]
@@ -124,10 +127,16 @@ def _parquet_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int) -> l
     return [*starts, (row, file_bytes)]
 
 
-def _tar_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int, rule: str) -> list[tuple[int, int]]:
+def _tar_starts(stream: io.RawIOBase, shard: Shard, part_bytes: int, rule: str) -> list[tuple[int, int]]:
     """Returns the first byte of each part, twice, and the end of the file; raises for compressed tars."""
+    file_bytes = shard.size
     starts, buffered = [0], io.BufferedReader(stream, _PROBE_BYTES)
     next(read_members(buffered))  # raises for compressed tars and other files
+    if file_bytes > _MAX_PARTS * part_bytes:
+        raise ConfigError(
+            f"read.split_bytes: {part_bytes} divides {shard.uri} into more than {_MAX_PARTS:,} parts; "
+            f"set at least {-(-file_bytes // _MAX_PARTS)}"
+        )
     for boundary in range(part_bytes, file_bytes, part_bytes):
         start = _find_sample(buffered, boundary // BLOCK_BYTES * BLOCK_BYTES, rule)
         if start is not None and start > starts[-1]:

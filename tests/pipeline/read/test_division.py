@@ -10,6 +10,7 @@ from typing import ClassVar, NoReturn
 
 import pytest
 
+from pipeline.config import ConfigError
 from pipeline.read import ReadOptions, Sample, Shard, divide_files, read_samples, whole_file
 from pipeline.read.samples import ShardError
 from pipeline.storage import Storage, StorageError
@@ -61,6 +62,17 @@ TARS = {
     ),
     "large members": make_tar([(f"{i}.jpg", make_image(i) + bytes(9000)) for i in range(9)]),
 }
+
+
+def test_tar_of_too_many_parts_is_an_error_with_a_size_that_works(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(TARS["large members"])
+    with pytest.raises(ConfigError, match=r"read\.split_bytes: 1 divides .*/x\.tar into more than") as caught:
+        parts(path, 1)
+    smallest = int(str(caught.value).rpartition(" ")[2])
+    assert rows(parts(path, smallest)) == rows(parts(path, None))
+    with pytest.raises(ConfigError):
+        parts(path, smallest - 1)
 
 
 @pytest.mark.parametrize("split_bytes", [512, 1000, 2048, 5000, 20_000, 10**9, None])
