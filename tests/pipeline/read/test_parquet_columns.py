@@ -11,7 +11,8 @@ import pytest
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode
-from pipeline.read import Sample, ShardError, read_samples
+from pipeline.read import Sample, read_samples
+from pipeline.read.samples import ShardError
 from pipeline.storage import Storage
 from tests.makers import list_shards, make_image, make_parquet
 from tests.read_options import read_options
