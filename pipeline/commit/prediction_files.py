@@ -147,7 +147,7 @@ class PredictionWriter:
     Attributes:
         expected: version of the current prediction file, by URI of the shard; None or no entry: no file.
         is_current: returns whether the input still has this version of a shard.
-        carried: columns of `input.carry` that a committed row has; grows.
+        filled: `target_id` and columns of `input.carry`, of which a committed row has a value; grows.
         add_copied: returns all samples of a shard, given those that were labeled.
         before_write: called before the labels of a shard are written; raises to prevent the write.
     """
@@ -160,7 +160,7 @@ class PredictionWriter:
     is_current: Callable[[Shard], bool]
     add_copied: Callable[[Shard, pa.Table], pa.Table] = lambda shard, samples: samples
     before_write: Callable[[Shard], None] = lambda shard: None
-    carried: set[str] = field(default_factory=set)
+    filled: set[str] = field(default_factory=set)
 
     def commit(self, shard: Shard, arrived: OpenShard) -> CommittedShard:
         """Writes the file of a complete shard, unless the shard can't be read; raises `StorageError`."""
@@ -176,9 +176,9 @@ class PredictionWriter:
             else:
                 samples = self.add_copied(shard, arrived.take_samples(shard.uri))
                 predictions, found = prediction_rows(samples, shard, self.options)
-                for name in self.options.carry:
-                    if predictions[carried_column(name)].null_count < len(predictions):
-                        self.carried.add(name)
+                for column in ("target_id", *map(carried_column, self.options.carry)):
+                    if predictions[column].null_count < len(predictions):
+                        self.filled.add(column)
                 if written := self._write(shard, predictions, found.count, last.damage):
                     row, size = written
                     causes.add(shard.uri, predictions)

@@ -20,6 +20,7 @@ from pipeline.dataflow import (
     open_executor,
     ray_address,
 )
+from pipeline.predictions import carried_column
 from pipeline.read import Chunk, Shard, whole_file
 from pipeline.run.cleanup import remove_labels
 from pipeline.run.copied_rows import read_source
@@ -41,6 +42,8 @@ logger = logging.getLogger("cvt_label")
 
 #: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
 _DIVIDED_BYTES = 64 * 1024**2
+#: Fields of `input` that have no effect without labels.
+_LABEL_SOURCES = ("label_field", "label_column", "label_from", "target_names", "target_map")
 #: Number of unfinished shards that an error message names.
 _NAMED_SHARDS = 5
 
@@ -78,8 +81,13 @@ def label_shards(run: RunContext) -> StopController:
                 error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
             raise
     if committer.totals.images:
-        for name in job.config.input.carry.keys() - writer.carried:
-            logger.warning("input.carry: no row of this run has a value of %r; check the name", name)
+        for name in job.config.input.carry:
+            if carried_column(name) not in writer.filled:
+                logger.warning("input.carry: no row of this run has a value of %r; check the name", name)
+        sources = [f"input.{name}" for name in _LABEL_SOURCES if getattr(job.config.input, name) is not None]
+        has_labels = "target_id" in writer.filled or committer.totals.unmatched.count
+        if sources and job.config.input.labels and not has_labels:
+            logger.warning("%s: no image of this run has a label; check the field", ", ".join(sources))
     return stop
 
 

@@ -201,6 +201,32 @@ def test_metadata_next_to_tars_is_ignored(
     assert "4 objects (metadata of a tar: 4), extensions: .parquet 2, .json 2" in logged.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "is_named"),
+    [
+        ("x.tar", "label_field=klass", True),
+        ("x.tar", "label_field=class", False),
+        ("x.tar", "label_field=other", False),  # an unmatched label
+        ("1.jpg", "label_column=y", True),
+        ("1.jpg", "label_from=folder", True),
+        ("1.jpg", "target_map={a: Bag}", True),
+        ("1.jpg", "labels=true", False),
+    ],
+)
+def test_label_source_without_any_label_is_a_warning(
+    tmp_path: Path, name: str, setting: str, is_named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = make_image()
+    if name == "x.tar":
+        content = make_tar([("1.jpg", content), ("1.json", b'{"class": "Bag", "other": "Bagg"}')])
+    Storage().write(f"{tmp_path}/in/{name}", content)
+    label(run_config(tmp_path, f"input.{setting}"))
+    messages = [each.getMessage() for each in caplog.records if "has a label" in each.getMessage()]
+    field = setting.partition("=")[0]
+    message = f"input.{field}: no image of this run has a label; check the field"
+    assert messages == ([message] if is_named else [])
+
+
 def test_every_file_is_labeled_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "in"
     shutil.copytree(case_input("tar-compressed"), source)
