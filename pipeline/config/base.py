@@ -108,10 +108,6 @@ def _normalize_unless_relative(uri: str, info: ValidationInfo) -> str:
     return uri if is_relative(uri) else _normalize(uri, info)
 
 
-def _id_to_text(value: Any) -> Any:
-    return str(value) if type(value) is int else value
-
-
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -131,4 +127,6 @@ Uris = Annotated[str | list[str], BeforeValidator(_normalize_each)]
 NameOrUri = Annotated[Address, AfterValidator(_normalize_unless_relative)]
 
 #: The name of a class, or its id.
-ClassName = Annotated[str, BeforeValidator(_id_to_text, json_schema_input_type=str | int)]
+ClassName = Annotated[
+    str, Field(strict=False, coerce_numbers_to_str=True, json_schema_extra={"type": ["string", "integer"]})
+]

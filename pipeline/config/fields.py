@@ -25,7 +25,8 @@ def describe_error(kind: type[BaseModel], error: Mapping[str, Any]) -> str:
     field = tuple(str(part) for part in error["loc"])
     match error["type"]:
         case "extra_forbidden":
-            known = list(_section_at(kind, field[:-1]).model_fields)
+            sections = [model_in(annotation) or kind for _, annotation in _annotations(kind, field[:-1])]
+            known = list([kind, *sections][-1].model_fields)
             close = difflib.get_close_matches(field[-1], known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"known fields: {', '.join(known)}"
             return f"unknown field; {hint}"
@@ -40,7 +41,8 @@ def merge_unions(kind: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> 
     by_field = defaultdict[tuple[Any, ...], list[dict[str, Any]]](list)
     for error in errors:
         location = error["loc"]
-        end = _end_of_union(kind, location)
+        fields = _annotations(kind, location)
+        end = next((end for end, annotation in fields if _is_union(annotation)), len(location))
         by_field[location[:end]].append({**error, "loc": location[:end] + location[end + 1 :]})
     for field, found in by_field.items():
         inside = [error for error in found if error["loc"] != field]
@@ -49,27 +51,22 @@ def merge_unions(kind: type[BaseModel], errors: Iterable[Mapping[str, Any]]) -> 
         yield from chosen or [found[0] | {"type": "union_type", "msg": f"must be {expected}"}]
 
 
-def _end_of_union(section: type[BaseModel], location: Sequence[Any]) -> int:
-    """Returns the number of parts of a location up to a field with several types, or else of all parts."""
-    for end, part in enumerate(location, 1):
-        if part in section.model_fields:  # else the key of a mapping
-            annotation = section.model_fields[part].annotation
-            types = {*get_args(annotation)} - {NoneType}
-            if get_origin(annotation) in (Union, UnionType) and len(types) > 1:
-                return end
-            section = model_in(annotation) or section
-    return len(location)
+def _is_union(annotation: Any) -> bool:
+    """Returns whether an annotation has several types; null is none of them."""
+    return get_origin(annotation) in (Union, UnionType) and len({*get_args(annotation)} - {NoneType}) > 1
 
 
-def _section_at(section: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
-    """Returns the section at a path of the model `section`."""
-    parts = iter(path)
-    for part in parts:
+def _annotations(section: type[BaseModel], location: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Yields the number of parts of a location up to each field, and the field's annotation."""
+    parts = enumerate(location, 1)
+    for end, part in parts:
+        if part not in section.model_fields:
+            return
         annotation = section.model_fields[part].annotation
+        yield end, annotation
         section = model_in(annotation) or section
         if get_origin(annotation) is dict:
             next(parts, None)  # the key of the mapping
-    return section
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:
