@@ -142,14 +142,14 @@ class ShardListing(Iterator[Shard]):
             return
         if self.tables:
             raise NoShardsError(f"{field}: the table has no rows: {', '.join(sorted(self.tables))}")
-        reasons = "".join(f", {reason}: {number:,}" for reason, number in sorted(self.ignored.items()))
-        ignored = f" ({pluralize(self.ignored.total(), 'object')} ignored{reasons})" if reasons else ""
+        ignored = f" (ignored: {self.describe_ignored()})" if self.ignored else ""
         formats = [self.format] if self.format else _AUTO_FORMATS
         expected = ", ".join(suffix for format in formats for suffix in _SUFFIXES[format])
         if self.format == "table":
-            expected += ", with rows that input.filter selects"
+            expected = f"rows that input.filter selects in {expected}"
         if any(uri.endswith("/manifest.json") for uris in self.ignored_examples.values() for uri in uris):
             expected += "; of an S3 Inventory, set input.uri to its manifest.json, and input.format to table"
+        expected += "; to read an object with another name, set input.uri to it, and input.format"
         raise NoShardsError(f"{field}: no shards found in {self.inputs}{ignored}; expected {expected}")
 
     def ignore(self, uri: str, reason: IgnoreReason) -> None:
@@ -200,7 +200,8 @@ class ShardListing(Iterator[Shard]):
         group, members = _FIRST_GROUP, list[ObjectInfo]()
         root, last_tar = "", _END[0]
         for (info, base, listed), following in pairwise(chain(selected, [_END])):
-            format = self._format(info, base, listed, (last_tar, following[0]))
+            larger = [x.uri for x in (last_tar, following[0]) if x.size > info.size]
+            format = self._format(info.uri, base, listed, larger)
             last_tar = info if info.uri.endswith(TAR_SUFFIXES) else last_tar
             name = relative_name(listed, info.uri)
             digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest() if format == "images" else ""
@@ -230,11 +231,8 @@ class ShardListing(Iterator[Shard]):
         size = sum(info.size for info in members)
         return Shard(uri, version.hexdigest(), "images", size, tuple(members))
 
-    def _format(
-        self, info: ObjectInfo, base: str, root: str, neighbors: Iterable[ObjectInfo]
-    ) -> Format | IgnoreReason:
-        """Returns the format of an object that `base` selects, or why it is ignored."""
-        uri = info.uri
+    def _format(self, uri: str, base: str, root: str, larger: Iterable[str]) -> Format | IgnoreReason:
+        """Returns the format of an object that `base` selects, or why it is ignored; `larger`: neighbors."""
         if self.inputs.excludes(root, uri):
             return IgnoreReason.EXCLUDED
         if uri == base and self.format is not None:
@@ -242,8 +240,7 @@ class ShardListing(Iterator[Shard]):
         if any(part.startswith((".", "_")) for part in uri[len(base) + 1 :].split("/")):
             return IgnoreReason.HIDDEN
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
-        tars = [each for each in neighbors if each.uri.removeprefix(stem) in TAR_SUFFIXES]
-        if stem != uri != base and any(info.size < tar.size for tar in tars):  # or it has images
+        if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in larger):
             return IgnoreReason.METADATA
         name = TABLE_COMPRESSION.sub("", uri) if self.format == "table" else uri
         for format in [self.format] if self.format else _AUTO_FORMATS:

@@ -120,9 +120,8 @@ def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
             for batch in scan.to_record_batches([task]):
                 yield batch.select(list(columns))
 
-        return DataFile(
-            _normalized(task.file.file_path), folder, schema, read, bool(task.delete_files), folder
-        )
+        name = _normalized(task.file.file_path)
+        return DataFile(name, folder, schema, read, bool(task.delete_files), folder)
 
     folder = _normalized(table.location())
     return [file(task) for task in tasks]

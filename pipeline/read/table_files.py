@@ -71,9 +71,8 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
             suffix = ".parquet" if start == b"PAR1" else text_suffix
         if suffix == ".parquet":
             schema = pq.ParquetFile(stream, pre_buffer=False).schema_arrow
-            return DataFile(
-                info.uri, folder, schema, partial(read_parquet, storage, info.uri, info.version, {})
-            )
+            read_columns = partial(read_parquet, storage, info.uri, info.version, {})
+            return DataFile(info.uri, folder, schema, read_columns)
         text = _decompressed(stream).read(_MAX_LINE_BYTES).decode("utf-8-sig", "replace")
     line = next(filter(None, text.splitlines()), None)
     if line is None:  # such as the compressed file of a partition without rows
@@ -81,9 +80,8 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
     is_csv = suffix in (".csv", ".tsv")
     separator = max(",\t" if csv_columns else ",\t;|", key=line.count) if is_csv else "\1"
     names = csv_columns if is_csv else ["uri"]  # a line of another text is one value
-    schema = pa.schema(
-        [(name, pa.string()) for name in names or next(csv.reader([line], delimiter=separator))]
-    )
+    header = names or next(csv.reader([line], delimiter=separator))
+    schema = pa.schema([(name, pa.string()) for name in header])
 
     def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         quote: Any = is_csv and '"'

@@ -324,11 +324,9 @@ def _find_uri_column(section: InputConfig, file: DataFile) -> str:
         return section.uri_column
     names = [name for name in file.schema.names if name.lower() in _URI_NAMES] or file.schema.names
     if len(names) != 1 or _is_data(file, names):
-        cause = (
-            f"set the column with the URIs of the images of {file.uri}, or exclude the file (input.exclude)"
-        )
-        other = "for a column with the bytes of images, set input.format: parquet"
-        raise ConfigError(f"input.uri_column: {cause}; {other}; {_describe(file)}")
+        cause = f"set the column with the URIs of the images of {file.uri}"
+        other = "exclude the file (input.exclude); for a column with image bytes, set input.format: parquet"
+        raise ConfigError(f"input.uri_column: {cause}, or {other}; {_describe(file)}")
     return str(names[0])
 
 
@@ -377,9 +375,8 @@ def _select(section: InputConfig, file: DataFile, table: pa.Table) -> pa.Table:
         try:
             values = pa.array(value if isinstance(value, list) else [value])
             kind = column.type
-            if (
-                pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-            ):  # as in CSV
+            is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+            if is_text:  # as in CSV
                 column = column.cast(values.type)
             elif pa.types.is_decimal(kind):  # an integer would need 19 digits
                 values = values.cast(pa.string())

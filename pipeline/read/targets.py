@@ -137,19 +137,14 @@ def _to_map(pairs: Iterable[tuple[str, Any]]) -> dict[str, str]:
 
 
 def hive_label(uri: str, column: str | None) -> tuple[str | None, str | None]:
-    """Returns the value of the last folder `<column>=<value>` of a URI, and why no folder has the label.
-
-    Without a column, the URI must have one folder `<name>=<value>` only.
-    """
-    pairs = [part.split("=", 1) for part in uri.split("/")[:-1] if "=" in part]
-    found = [(name, value) for name, value in pairs if column in (None, unquote(name))]
-    if not found:
+    """Returns the value of the last folder `<column>=<value>` of a URI, and why no folder has the label."""
+    folders = [part.partition("=") for part in uri.split("/")[:-1] if "=" in part]
+    values = [value for name, _, value in folders if column in (None, unquote(name))]
+    if not values:
         return None, f"the path has no folder {column or 'name'}=value (label_from: folder)"
-    if column is None and len(found) > 1:
-        names = ", ".join(unquote(name) for name, _ in found)
-        return None, f"several folders have the form name=value: set input.label_column to one of {names}"
-    value = found[-1][1]
-    return (None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)), None
+    if column is None and len(values) > 1:
+        return None, "the path has several folders name=value: set input.label_column to one of the names"
+    return (None if values[-1] == "__HIVE_DEFAULT_PARTITION__" else unquote(values[-1])), None
 
 
 def folder_label(uri: str) -> str | None:

@@ -134,7 +134,7 @@ def test_excluded_objects_are_counted_and_listed(storage: Storage, bucket: str) 
     assert [info.uri for info in shards[1].members] == [f"{bucket}/c/d.jpg"]
     assert listing.ignored == {IgnoreReason.EXCLUDED: 5}
     assert len(listing.ignored_examples[IgnoreReason.EXCLUDED]) == 5
-    with pytest.raises(NoShardsError, match=r"\(7 objects ignored, excluded: 7\)"):
+    with pytest.raises(NoShardsError, match=r"\(ignored: 7 objects \(excluded: 7\), ext"):
         listed(storage, bucket, "", exclude=("**",)).require_shards("input.uri")
 
 
@@ -163,6 +163,10 @@ def test_img2dataset_folder_has_only_its_tars(format: InputFormat) -> None:
     listing = list_shards(Storage(), root, format)
     assert names(listing, root) == ["00000.tar", "00001.tar"]
     assert listing.ignored == {IgnoreReason.METADATA: 4}
+    with pytest.raises(
+        NoShardsError, match=r"metadata of a tar: 4.*, extensions: .*set input\.uri to it, and"
+    ):
+        list_shards(Storage(), root, "parquet").require_shards("input.uri")
 
 
 # Tables ------------------------------------------------------------------------------------------

@@ -234,4 +234,4 @@ def test_path_without_the_folder_of_hive_is_a_problem() -> None:
 def test_label_is_in_one_folder_only_without_a_column() -> None:
     label, problem = hive_label("s3://b/t/my%20label=3/day=2/x.parquet", None)
     assert label is None
-    assert str(problem).endswith("set input.label_column to one of my label, day")
+    assert str(problem).endswith("several folders name=value: set input.label_column to one of the names")
