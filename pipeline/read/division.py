@@ -129,19 +129,18 @@ def _parquet_starts(stream: io.RawIOBase, file_bytes: int, part_bytes: int) -> l
 
 def _tar_starts(stream: io.RawIOBase, shard: Shard, part_bytes: int, rule: str) -> list[tuple[int, int]]:
     """Returns the first byte of each part, twice, and the end of the file; raises for compressed tars."""
-    file_bytes = shard.size
     starts, buffered = [0], io.BufferedReader(stream, _PROBE_BYTES)
     next(read_members(buffered))  # raises for compressed tars and other files
-    if file_bytes > _MAX_PARTS * part_bytes:
+    if shard.size > _MAX_PARTS * part_bytes:
         raise ConfigError(
             f"read.split_bytes: {part_bytes} divides {shard.uri} into more than {_MAX_PARTS:,} parts; "
-            f"set at least {-(-file_bytes // _MAX_PARTS)}"
+            f"set at least {-(-shard.size // _MAX_PARTS)}"
         )
-    for boundary in range(part_bytes, file_bytes, part_bytes):
+    for boundary in range(part_bytes, shard.size, part_bytes):
         start = _find_sample(buffered, boundary // BLOCK_BYTES * BLOCK_BYTES, rule)
         if start is not None and start > starts[-1]:
             starts.append(start)
-    return [(start, start) for start in [*starts, file_bytes]]
+    return [(start, start) for start in [*starts, shard.size]]
 
 
 def _find_sample(stream: BinaryIO, boundary: int, rule: str) -> int | None:

@@ -60,11 +60,6 @@ class CopiedRows:
     errors: int = 0
 
     @property
-    def count(self) -> int:
-        """Number of the rows."""
-        return sum(map(len, self.rows.values()))
-
-    @property
     def positions(self) -> list[int]:
         """The positions of the copied rows in the shard, in the order of `rows`."""
         return [position for pairs in self.rows.values() for position, _ in pairs]

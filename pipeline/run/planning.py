@@ -89,7 +89,7 @@ class Plan:
     @property
     def copied_images(self) -> int:
         """Number of images whose stored rows are copied."""
-        return sum(copied.count for copied in self.copied.values())
+        return sum(len(copied.positions) for copied in self.copied.values())
 
     def without_copied(self, shard: Shard) -> Shard:
         """Returns the shard to read: without the images whose stored rows are copied."""
