@@ -198,11 +198,10 @@ class ShardListing(Iterator[Shard]):
         5,000 images, one in 20,000 has 10,000.
         """
         group, members = _FIRST_GROUP, list[ObjectInfo]()
-        root, last_tar = "", _END[0]
+        root = last_tar = ""
         for (info, base, listed), following in pairwise(chain(selected, [_END])):
-            larger = [x.uri for x in (last_tar, following[0]) if x.size > info.size]
-            format = self._format(info.uri, base, listed, larger)
-            last_tar = info if info.uri.endswith(TAR_SUFFIXES) else last_tar
+            format = self._format(info.uri, base, listed, (last_tar, following[0].uri))
+            last_tar = info.uri if info.uri.endswith(TAR_SUFFIXES) else last_tar
             name = relative_name(listed, info.uri)
             digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest() if format == "images" else ""
             # Boundaries and names use different halves of the hash: at each boundary, the remainder of the
@@ -231,8 +230,8 @@ class ShardListing(Iterator[Shard]):
         size = sum(info.size for info in members)
         return Shard(uri, version.hexdigest(), "images", size, tuple(members))
 
-    def _format(self, uri: str, base: str, root: str, larger: Iterable[str]) -> Format | IgnoreReason:
-        """Returns the format of an object that `base` selects, or why it is ignored; `larger`: neighbors."""
+    def _format(self, uri: str, base: str, root: str, neighbors: Iterable[str]) -> Format | IgnoreReason:
+        """Returns the format of an object that `base` selects, or why it is ignored."""
         if self.inputs.excludes(root, uri):
             return IgnoreReason.EXCLUDED
         if uri == base and self.format is not None:
@@ -240,7 +239,7 @@ class ShardListing(Iterator[Shard]):
         if any(part.startswith((".", "_")) for part in uri[len(base) + 1 :].split("/")):
             return IgnoreReason.HIDDEN
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
-        if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in larger):
+        if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in neighbors):
             return IgnoreReason.METADATA
         name = TABLE_COMPRESSION.sub("", uri) if self.format == "table" else uri
         for format in [self.format] if self.format else _AUTO_FORMATS:

@@ -22,11 +22,9 @@ from tests.makers import list_shards
 class FakeListing(Storage):
     """Storage with a given listing, for tests that need many names."""
 
-    def __init__(self, names: list[str], **sizes: int) -> None:
+    def __init__(self, names: list[str]) -> None:
         super().__init__()
-        object.__setattr__(
-            self, "infos", [ObjectInfo(f"s3://b/{n}", sizes.get(n, 10), f"etag-{n}") for n in names]
-        )
+        object.__setattr__(self, "infos", [ObjectInfo(f"s3://b/{n}", 10, f"etag-{n}") for n in names])
 
     def list(self, uri: str, missing_ok: bool = True, prefix: str = "") -> Iterator[ObjectInfo]:
         return iter(sorted(self.infos, key=lambda info: info.uri.encode()))  # type: ignore[attr-defined]
@@ -74,16 +72,10 @@ def test_metadata_of_tars_are_no_shards_in_any_format(suffix: str) -> None:
         ("images", []),
     ]
     for format, shards in formats:
-        listing = list_shards(FakeListing(names, **{f"x{suffix}": 11}), "s3://b", format)
+        listing = list_shards(FakeListing(names), "s3://b", format)
         assert [shard.uri for shard in listing] == [f"s3://b/{name}" for name in shards]
         assert listing.ignored[IgnoreReason.METADATA] == 2
         assert listing.ignored.total() == len(names) - len(shards)
-
-
-def test_parquet_file_that_is_not_smaller_than_its_tar_is_a_shard() -> None:
-    listing = list_shards(FakeListing(["x.parquet", "x.tar"]), "s3://b")
-    assert [shard.format for shard in listing] == ["parquet", "webdataset"]
-    assert not listing.ignored
 
 
 def test_input_can_be_a_single_object(storage: Storage, tmp_path: Path) -> None:
