@@ -146,8 +146,8 @@ def _image_column(schema: pa.Schema, options: ReadOptions) -> str:
             if not candidates:
                 found = "no column has an image type: for images by URI or path, set input.format: table; "
                 found += "for decoded pixels, encode them as JPEG or PNG"
-            hint = f"{found}; set `input.image_column`"
-            raise UnreadableShardError(f"{hint}; {describe_columns(schema)}")
+            cause = f"{found}; for another column, set input.image_column"
+            raise UnreadableShardError(f"{cause}; {describe_columns(schema)}")
         name = "image" if "image" in candidates else cast(str, candidates[0])
     _require_column(schema, name, "image")
     kind = schema.field(name).type

@@ -91,4 +91,4 @@ def test_every_file_with_image_bytes_is_a_shard_whatever_its_writer() -> None:
             refused.append(str(error))
     [error] = refused
     assert "/daft_img/" in error
-    assert "decoded pixels must be encoded" in error
+    assert "for decoded pixels, encode them as JPEG or PNG" in error

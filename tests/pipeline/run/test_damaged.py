@@ -215,7 +215,7 @@ def test_object_that_changes_while_it_is_read_is_not_damaged(tmp_path: Path) -> 
     samples = read_samples(Storage(), shard, read_options(on_damaged_shard="keep"))
     next(samples)
     Path(tmp_path, "x.tar").write_bytes(tar[:15_000_000])
-    with pytest.raises(ShardError, match=r"after \d samples") as caught:
+    with pytest.raises(ShardError, match=r"after \d+ samples?") as caught:
         list(samples)
     assert not caught.value.keep
 

@@ -71,10 +71,10 @@ def test_limit_per_host_and_limit_of_all_hold() -> None:
 
 def test_slow_host_does_not_hold_up_another() -> None:
     with HttpServer() as slow, HttpServer() as fast, Storage().downloader(8, 4) as downloader:
-        waiting = [downloader.download(slow.add(f"/{i}", Answer(b"x", delay_s=1.5)), MAX) for i in range(12)]
+        waiting = [downloader.download(slow.add(f"/{i}", Answer(b"x", delay_s=8)), MAX) for i in range(12)]
         quick = [downloader.download(fast.add(f"/{i}", Answer(b"x")), MAX) for i in range(50)]
         for future in quick:
-            future.result(timeout=1.4)
+            future.result(timeout=7)
         assert not any(future.done() for future in waiting)
         assert slow.max_concurrent == 4
 
