@@ -1,13 +1,18 @@
-"""The command line `cvt-label`, which has every command of this package."""
+"""The command line `cvt-label`, which has every command of this package.
 
+Importing a command takes about a second, so only the command that runs is imported.
+"""
+
+import ast
 import importlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.console import add_command, make_app
-from pipeline.run import installed_version
+from jobs.app import make_app
+from pipeline import __version__
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
@@ -16,28 +21,41 @@ COMMANDS = (
 
 
 def make_cli(command: str | None = None) -> typer.Typer:
-    """Returns the command line with one command, to import fewer modules, or by default with all."""
+    """Returns the command line with one command, or by default with the descriptions of all commands."""
     app = make_app()
     app.callback()(_main)
-    for name in [command] if command in COMMANDS else COMMANDS:
-        if name == "benchmark":
-            # Commands of this group import torch, which takes seconds: they are added only on demand.
-            group = importlib.import_module("jobs.benchmarks.cli").app if name == command else make_app()
-            group.callback()(_benchmark)
-            app.add_typer(group, name=name)
-        else:
-            add_command(app, getattr(importlib.import_module(f"jobs.{name}"), name))
+    if command == "benchmark":
+        group = importlib.import_module("jobs.benchmarks.cli").app
+        group.callback()(_benchmark)
+        app.add_typer(group, name=command)
+    elif command in COMMANDS:
+        from jobs.console import add_command
+
+        add_command(app, getattr(importlib.import_module(f"jobs.{command}"), command))
+    else:
+        for name in COMMANDS:
+            app.command(name, help=_description(name))(_main)
     return app
+
+
+def _description(command: str) -> str | None:
+    """Returns the docstring of a command, without importing its module."""
+    if command == "benchmark":
+        return _benchmark.__doc__
+    module = ast.parse(Path(__file__).with_name(f"{command}.py").read_text())
+    functions = {each.name: each for each in module.body if isinstance(each, ast.FunctionDef)}
+    return ast.get_docstring(functions[command])
 
 
 def main() -> None:
     """Runs `cvt-label`."""
-    make_cli(sys.argv[1] if len(sys.argv) > 1 else None)()
+    words = [word for word in sys.argv[1:] if word != "--"]
+    make_cli(words[0] if words else None)()
 
 
 def _print_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"cvt-label {installed_version('cvt-label')}")
+        typer.echo(f"cvt-label {__version__}")
         raise typer.Exit
 
 

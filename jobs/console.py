@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cvt.errors import CheckpointError
+from jobs.app import make_app
 from pipeline import find_partition, load_job_config, open_partition
 from pipeline.commit import LeaseHeldError, LeaseLostError, Partition
 from pipeline.config import ConfigError, check_environment
@@ -115,13 +116,6 @@ stdout = Console(
 )
 #: Shows progress and log messages while a command runs.
 stderr = Console(stderr=True)
-
-
-def make_app() -> typer.Typer:
-    """Returns an empty command line. Unexpected errors are plain Python tracebacks; help is plain text."""
-    return typer.Typer(
-        pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True, rich_markup_mode=None
-    )
 
 
 def add_command(app: typer.Typer, command: Callable[..., None]) -> None:

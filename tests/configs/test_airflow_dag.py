@@ -16,7 +16,8 @@ import jinja2
 import pytest
 import typer
 
-from jobs.console import add_command, make_app
+from jobs.app import make_app
+from jobs.console import add_command
 from jobs.submit import submit
 from pipeline.config import Config, load_config
 from pipeline.schedule import Submission

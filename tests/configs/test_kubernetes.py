@@ -24,7 +24,8 @@ import typer
 import yaml
 
 from cvt.architecture import PRESETS, Architecture, count_macs
-from jobs.console import add_command, make_app
+from jobs.app import make_app
+from jobs.console import add_command
 from pipeline.config import Config, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.schedule import Submission

@@ -41,6 +41,20 @@ def test_help_lists_every_command() -> None:
         assert command in done.stdout
 
 
+def test_help_imports_no_command() -> None:
+    program = "from jobs.cli import make_cli; import sys; make_cli(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"jobs.console", "pyarrow", "pydantic", "boto3", "ray", "torch"}.intersection(
+        done.stdout.split()
+    )
+
+
+def test_command_after_two_dashes_runs() -> None:
+    done = cvt_label_process("--", "plan")
+    assert done.returncode == 2
+    assert "Missing option '--config'" in done.stderr
+
+
 def help_pages() -> list[list[str]]:
     commands = [[name] for name in COMMANDS]
     return [[], *commands, *(["benchmark", name] for name in ("run", "model", "decoding"))]

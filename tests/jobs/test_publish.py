@@ -12,7 +12,8 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from jobs.console import add_command, make_app
+from jobs.app import make_app
+from jobs.console import add_command
 from jobs.local_s3 import LocalS3
 from jobs.publish import publish
 from pipeline.config import Config, load_config

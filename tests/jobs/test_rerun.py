@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cvt.checkpoints import BUNDLED
-from jobs.console import add_command, make_app
+from jobs.app import make_app
+from jobs.console import add_command
 from jobs.label import label
 from jobs.plan import plan
 from pipeline.config import Config, load_config

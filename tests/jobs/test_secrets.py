@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 import pipeline
 from cvt.errors import CheckpointError
+from jobs.app import make_app
 from jobs.compare import compare
-from jobs.console import OneLineFormatter, add_command, exit_on_error, make_app
+from jobs.console import OneLineFormatter, add_command, exit_on_error
 from jobs.label import label
 from jobs.local_s3 import LocalS3
 from jobs.logs import logs

@@ -20,8 +20,9 @@ from pyarrow.fs import S3FileSystem
 from typer.testing import CliRunner
 
 from cvt.checkpoints import BUNDLED
+from jobs.app import make_app
 from jobs.compare import compare
-from jobs.console import add_command, make_app
+from jobs.console import add_command
 from jobs.local_s3 import LocalS3
 from jobs.plan import plan
 from jobs.publish import publish
