@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain, pairwise
+from posixpath import splitext
 from typing import Literal, Self
 
 from pipeline.config import InputUris
@@ -25,7 +26,7 @@ TAR_SUFFIXES = (
     ".tar.lz4",
 )  # fmt: skip
 TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
-TABLE_COMPRESSION = re.compile(r"\.(gz|zst|bz2|xz|lz4)$", re.I)
+_TABLE_COMPRESSION = re.compile(r"\.(gz|zst|bz2|xz|lz4)$", re.I)
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     "webdataset": TAR_SUFFIXES,
     "parquet": (".parquet",),
@@ -241,11 +242,16 @@ class ShardListing(Iterator[Shard]):
         stem = uri.removesuffix(".parquet").removesuffix("_stats.json")
         if stem != uri != base and any(each.removeprefix(stem) in TAR_SUFFIXES for each in neighbors):
             return IgnoreReason.METADATA
-        name = TABLE_COMPRESSION.sub("", uri) if self.format == "table" else uri
+        name = _TABLE_COMPRESSION.sub("", uri) if self.format == "table" else uri
         for format in [self.format] if self.format else _AUTO_FORMATS:
             if name.lower().endswith(_SUFFIXES[format]):
                 return format
         return IgnoreReason.FORMAT
+
+
+def table_suffix(name: str) -> str:
+    """Returns the ending of a table's name in lower case, without compression: `.csv` for `a.CSV.gz`."""
+    return splitext(_TABLE_COMPRESSION.sub("", name.lower()))[1]
 
 
 def file_extension(name: str) -> str:

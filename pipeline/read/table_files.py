@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from posixpath import splitext
 from typing import Any, NamedTuple
 from urllib.parse import unquote_plus
 
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 from pipeline.read.compression import DecompressedFile, find_compression
 from pipeline.read.shards import (
     IMAGE_EXTENSIONS,
-    TABLE_COMPRESSION,
     TABLE_SUFFIXES,
     IgnoreReason,
     file_extension,
+    table_suffix,
 )
 from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
 
@@ -62,7 +61,7 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
     while "=" in folder.rpartition("/")[2]:  # a Hive partition
         folder = folder.rpartition("/")[0]
     with _file_errors(info.uri), storage.open(info.uri, info.version) as stream:
-        suffix, start = splitext(TABLE_COMPRESSION.sub("", info.uri.lower()))[1], stream.peek(4)[:4]
+        suffix, start = table_suffix(info.uri), stream.peek(4)[:4]
         empty = DataFile(info.uri, folder, pa.schema([]), lambda columns: iter(()))
         if not start:
             return empty

@@ -29,7 +29,7 @@ from pipeline.config import ConfigError, InputConfig
 from pipeline.predictions import ErrorCategory, deserialize_table, sample_error, serialize_table
 from pipeline.read.parquet import describe_columns, read_class_names, read_value
 from pipeline.read.samples import Sample
-from pipeline.read.shards import IMAGE_EXTENSIONS, TABLE_COMPRESSION, IgnoreReason, Shard, file_extension
+from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, Shard, file_extension, table_suffix
 from pipeline.read.snapshots import DataFile, open_snapshot
 from pipeline.read.table_files import VERSION, open_file, open_inventory
 from pipeline.storage import (
@@ -139,7 +139,7 @@ def _find_tables(
             if is_metadata and file.uri not in names:
                 cause = f"{file.uri} looks like metadata of an Iceberg table or of an S3 Inventory"
                 raise ConfigError(f"input.uri: {cause}: set input.uri to it, or exclude it (input.exclude)")
-            is_note = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".json", ".txt"))
+            is_note = table_suffix(file.uri) in (".json", ".txt")
             has_others = has_others or not is_note
             if is_note and file.uri not in names:
                 notes.append(file)
@@ -337,7 +337,7 @@ def _describe(file: DataFile) -> str:
 
 def _is_data(file: DataFile, names: Iterable[str]) -> bool:
     """Returns whether a column of a CSV file has a path or an image as its name: the file has no header."""
-    is_csv = TABLE_COMPRESSION.sub("", file.uri.lower()).endswith((".csv", ".tsv"))
+    is_csv = table_suffix(file.uri) in (".csv", ".tsv")
     return is_csv and any("/" in name or file_extension(name)[1:] in IMAGE_EXTENSIONS for name in names)
 
 
