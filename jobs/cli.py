@@ -33,7 +33,7 @@ def make_cli(command: str | None = None) -> typer.Typer:
 
         add_command(app, getattr(importlib.import_module(f"jobs.{command}"), command))
     else:
-        for name in COMMANDS:
+        for name in COMMANDS:  # only for the help: a command that runs is alone in its command line
             app.command(name, help=_description(name))(_main)
     return app
 

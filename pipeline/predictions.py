@@ -118,12 +118,12 @@ def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> li
     return fields
 
 
-#: Names that a column of `input.carry` cannot have, in lower case; `model` is the column of Hive partitions.
+#: Names that carried columns do not keep, in lower case; `model` is the column of Hive partitions.
 _RESERVED_COLUMNS = {*prediction_schema("float32", 1, label_names=True).names, "model"}
 
 
 def carried_column(name: str) -> str:
-    """Returns the name in prediction files of the column `name` of `input.carry`."""
+    """Returns the name that a column of `input.carry` has in prediction files."""
     return f"input_{name}" if name.lower() in _RESERVED_COLUMNS else name
 
 
