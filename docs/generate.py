@@ -70,7 +70,7 @@ output:
 ```
 
 The [fingerprint](output-schema.md#folder-layout) depends on the checkpoint, `model.precision`, `output.topk`,
-`output.embedding`, `decode.device`, `decode.quality`, and the fields of `input` except
+`output.embedding`, `decode.device`, `decode.quality`, `decode.cpu_share`, and the fields of `input` except
 {_OTHER_INPUT_FIELDS}.
 A change of one of these fields starts a new partition.
 """

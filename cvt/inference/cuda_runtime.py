@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -45,8 +47,7 @@ class CudaRuntime:
             padded = torch.zeros(shape, dtype=torch.uint8, device=self._device)
             padded[:count] = pixels
             pixels = padded
-        # By default, cuDNN may choose different algorithms or TensorFloat-32 in different runs.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with reproducible_float32():
             outputs = self._forward(pixels.contiguous())
         # The next run of the CUDA graph overwrites these outputs. It runs on this stream, after these copies.
         logits, embeddings = (
@@ -73,6 +74,22 @@ class CudaRuntime:
         computing.wait_event(uploaded)
         pixels.record_stream(computing)  # keeps the memory allocated until that stream has read it
         return pixels
+
+
+@contextmanager
+def reproducible_float32() -> Iterator[None]:
+    """Computes with the same algorithms in every run, and never with TensorFloat-32 in place of float32.
+
+    Otherwise cuDNN chooses. For matrix products, NVIDIA's containers allow TensorFloat-32 with the variable
+    TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def pinned(*shape: int, dtype: torch.dtype) -> Tensor:

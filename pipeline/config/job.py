@@ -161,6 +161,8 @@ class Config(Section):
             raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {device!r}")
         if decoder == "gpu" and self.decode.quality == "fast":
             raise ValueError("decode.quality: 'fast' needs decode.device 'cpu'")
+        if decoder == "cpu" and self.decode.cpu_share:
+            raise ValueError(f"decode.cpu_share: {self.decode.cpu_share:g} needs decode.device 'gpu'")
         runtime, precisions = self.classify.runtime, supported_precisions(self.classify.runtime)
         if runtime == "openvino" and device == "cuda":
             raise ValueError("classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'")
@@ -184,8 +186,10 @@ class Config(Section):
             "output": self.output.model_dump(exclude={"uri"}, exclude_defaults=True),
             "input": self.input.model_dump(exclude=NOT_IN_FINGERPRINT, exclude_defaults=True),
         }
-        decoder = self.decode.device, self.decode.quality
-        return settings if decoder == ("cpu", "exact") else settings | {"decode": decoder}
+        decoder = [self.decode.device, self.decode.quality, self.decode.cpu_share]
+        if not decoder[-1]:
+            decoder.pop()
+        return settings if decoder == ["cpu", "exact"] else settings | {"decode": decoder}
 
     def fingerprint(self, checkpoint_digest: str) -> str:
         """Returns the SHA-256 over everything that determines a label, in hexadecimal."""

@@ -68,6 +68,11 @@ class DecodeConfig(Section):
     """`exact`: as transformers' processor. `fast`: a JPEG of at least twice the needed size is decoded at
     1/2, 1/4 or 1/8 of its size, on the CPU only. Labels depend on this field.
     """
+    cpu_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """`device: gpu`: fraction of the JPEGs that CPU threads of the classifier (`classify.num_cpus`) decode
+    while nvJPEG decodes the others. `cvt-label benchmark gpu` measures the best value. Labels depend on this
+    field.
+    """
     num_cpus: PositiveFloat | None = None
     """CPUs that Ray reserves for each decode task. Null: 1, or less on nodes with fewer than 4 CPUs."""
     memory: PositiveInt | None = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
-from pipeline.dataflow.stages import Classifier, Stages, call_after
+from pipeline.dataflow.stages import Stages, call_after
 from pipeline.decode import decode_chunk
 from pipeline.read import Chunk, Shard
 
@@ -63,7 +63,7 @@ class _Run:
         readers = min(resources.readers, max(1, len(shards)))
         count = readers + resources.decoders + stages.classify.concurrent_chunks
         self._decode_options = stages.decode_options if resources.decoders else None
-        self._classify = Classifier(stages, resources)
+        self._classify = stages.make_classifier(resources)
         self._timeout_s = stages.classify.timeout_s
         self._classifying = threading.Semaphore(stages.classify.concurrent_chunks)
         # Readers share the shards.

@@ -198,7 +198,8 @@ class _ClassifierActor:
 
     def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
         hide_pillow_warnings()  # of the GPU decoder
-        self._step = partial(classify_or_die, classifier=Classifier(ray.get(stages), resources))
+        classifier = ray.get(stages).make_classifier(resources)
+        self._step = partial(classify_or_die, classifier=classifier)
         self._limit = limit
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:

@@ -70,6 +70,10 @@ class Stages:
         """Returns the first stage."""
         return partial(read_step, self.storage, self.read_options, resources.chunk_images)
 
+    def make_classifier(self, resources: Resources) -> Classifier:
+        """Returns the last stage, with its model loaded."""
+        return Classifier(self, resources)
+
     @property
     def decode_options(self) -> DecodeOptions:
         """How the second stage decodes."""
@@ -95,7 +99,10 @@ class Classifier:
             from pipeline.decode.gpu import GpuDecoder
 
             threads = max(2, int(resources.classify_cpus))
-            self._decoder = GpuDecoder(self.decode_options, resources.device, threads=threads)
+            share = stages.decode.cpu_share
+            self._decoder = GpuDecoder(
+                self.decode_options, resources.device, threads=threads, cpu_share=share
+            )
         self._engine = warm_engine(stages.checkpoint, stages.precision, stages.classify.runtime, resources)
         gallery, side = stages.report.gallery, stages.report.thumbnail_side
         self._thumbnails = Thumbnails(gallery, side) if gallery else None

@@ -1,8 +1,8 @@
 """Decodes on the GPU of a classifier: plain JPEGs with nvJPEG, all other images with `decode.cpu`.
 
 The results equal those of `decode_chunk`, except for the pixels: nvJPEG upsamples colors and rounds
-differently. The file alone determines which decoder is used, except after a failure of the GPU or the death
-of the worker: the CPU then decodes the image.
+differently. The file and `decode.cpu_share` alone determine which decoder is used, except after a failure of
+the GPU or the death of the worker: the CPU then decodes the image.
 """
 
 import io
@@ -23,6 +23,7 @@ from cvt.inference.device_preprocessing import DevicePreprocessor
 from pipeline.config import NO_TORCHVISION
 from pipeline.decode import DecodeOptions, decode, decode_chunk
 from pipeline.decode.cpu import Decoded, Orientation, decoded_chunk, displayed_size
+from pipeline.decode.cpu_share import is_for_cpu
 from pipeline.decode.plain_jpeg import PlainJpeg, parse_plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import StageMetrics, StageTimer
@@ -49,6 +50,7 @@ class GpuDecoder:
         decode_jpegs: decodes plain JPEGs; None for nvJPEG through torchvision.
         threads: number of threads that decode on the CPU.
         max_batch_pixels: maximum number of pixels in a batch; the CPU decodes larger images.
+        cpu_share: fraction of the images that the CPU decodes while the GPU decodes the others.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -62,8 +64,9 @@ class GpuDecoder:
         decode_jpegs: DecodeJpegs | None = None,
         threads: int = 2,
         max_batch_pixels: int = MAX_BATCH_PIXELS,
+        cpu_share: float = 0.0,
     ) -> None:
-        self._options = options
+        self._options, self._cpu_share = options, cpu_share
         self._resize = DevicePreprocessor(options.preprocessor)
         self._max_batch_pixels = max_batch_pixels
         self._device = torch.device(device)
@@ -98,7 +101,9 @@ class GpuDecoder:
             if outcomes[row].error is not None:
                 continue
             data = image.as_buffer().to_pybytes()
-            jpeg = parse_plain_jpeg(row, data, min(max_pixels, self._max_batch_pixels))
+            jpeg: PlainJpeg | None = None
+            if not is_for_cpu(data, self._cpu_share):
+                jpeg = parse_plain_jpeg(row, data, min(max_pixels, self._max_batch_pixels))
             if jpeg is None:
                 on_cpu[row] = self._cpu.submit(decode, data, self._options)
             else:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cvt.inference.cuda_runtime import CudaRuntime
+from cvt.inference.cuda_runtime import CudaRuntime, reproducible_float32
 from tests.cvt.inference.small import (
     IMAGES,
     SIZE,
@@ -68,6 +68,19 @@ def test_gpu_runtime_does_not_mix_batches(monkeypatch: pytest.MonkeyPatch, compi
         output = engine(images)
         np.testing.assert_allclose(output.logits, logits, atol=1e-4, rtol=0)
         np.testing.assert_allclose(output.embeddings, embeddings, atol=1e-4, rtol=0)
+
+
+def test_float32_is_never_computed_in_tensorfloat_32() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
+    try:
+        with reproducible_float32():
+            assert torch.backends.cuda.matmul.allow_tf32 is False
+            assert torch.backends.cudnn.allow_tf32 is False
+            assert torch.backends.cudnn.deterministic
+        assert torch.backends.cuda.matmul.allow_tf32 is True
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

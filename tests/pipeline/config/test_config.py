@@ -320,6 +320,7 @@ def test_automatic_precision_requires_a_device() -> None:
             ["decode.device=auto", "classify.device=cuda", "decode.quality=fast"],
             "decode.quality=fast: 'fast' needs decode.device 'cpu'",
         ),
+        (["decode.cpu_share=0.2"], "decode.cpu_share=0.2: 0.2 needs decode.device 'gpu'"),
     ],
 )
 def test_impossible_decoder_is_rejected(tmp_path: Path, overrides: list[str], message: str) -> None:

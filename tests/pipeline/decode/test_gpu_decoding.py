@@ -6,6 +6,7 @@ import io
 import random
 import sys
 import threading
+import time
 import types
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode_chunk
+from pipeline.decode.cpu_share import is_for_cpu
 from pipeline.decode.gpu import GpuDecoder
 from pipeline.decode.plain_jpeg import parse_plain_jpeg
 from pipeline.read import Chunk
@@ -58,7 +60,7 @@ class CountingDecoder(GpuDecoder):
         return done
 
 
-def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: int) -> CountingDecoder:
+def make_decoder(decode_jpegs: Any = None, max_pixels: int = LIMIT, **options: Any) -> CountingDecoder:
     return CountingDecoder(
         DecodeOptions(PREPROCESSOR, max_pixels), "cpu", decode_jpegs or PillowJpegs(), **options
     )
@@ -302,6 +304,26 @@ def test_the_cpu_decodes_while_the_device_does() -> None:
     decoder._cpu.submit = submit  # type: ignore[method-assign]
     assert_as_on_the_cpu(decoder(chunk_of(images)), images)
     assert decoder.on_device == 1
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_pixels_do_not_depend_on_the_speed_of_the_decoders(is_slow: bool) -> None:
+    class Timed(PillowJpegs):
+        def __call__(self, files: list[bytes]) -> list[Tensor]:
+            time.sleep(0.3 * is_slow)
+            return [255 - image for image in super().__call__(files)]  # unlike the pixels of the CPU
+
+    images = [jpeg((40 + number, 50)) for number in range(40)]
+    decoder = make_decoder(Timed(), cpu_share=0.4, threads=1 + 3 * is_slow)
+    done = decoder(chunk_of(images))
+    on_cpu = [is_for_cpu(data, 0.4) for data in images]
+    assert (decoder.on_device, decoder.on_cpu) == (on_cpu.count(False), on_cpu.count(True))
+    assert 8 <= decoder.on_cpu <= 24
+    expected = decode_chunk(chunk_of(images), DecodeOptions(PREPROCESSOR, LIMIT)).pixels
+    assert isinstance(done.pixels, Tensor)
+    assert isinstance(expected, np.ndarray)
+    for pixels, on_the_cpu, wanted in zip(done.pixels.numpy(), on_cpu, expected, strict=True):
+        assert np.array_equal(pixels, wanted) == on_the_cpu
 
 
 def test_two_chunks_can_be_decoded_concurrently() -> None:

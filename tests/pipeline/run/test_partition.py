@@ -58,6 +58,13 @@ def test_automatic_gpu_decoding_keeps_the_partition_of_gpu_decoding() -> None:
     assert fingerprint("decode.device=auto") == fingerprint("decode.device=gpu")
 
 
+def test_each_share_of_the_cpu_has_its_own_partition() -> None:
+    shares = [f"decode.cpu_share={share}" for share in (0, 0.2, 0.3)]
+    none, *others = [fingerprint("decode.device=gpu", share) for share in shares]
+    assert none == fingerprint("decode.device=gpu")
+    assert len({none, *others}) == 3
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
 def test_gpu_decoding_without_torchvision_names_the_package(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'cvt-label\[gpu\]'\), or set decode.device: cpu"):
