@@ -80,6 +80,7 @@ def label_shards(run: RunContext) -> StopController:
             if unfinished := committer.unfinished()[:_NAMED_SHARDS]:
                 error.add_note(f"The first unfinished shards: {', '.join(unfinished)}")
             raise
+    run.record.record_time("executor_stopped")
     if committer.totals.images:
         for name in job.config.input.carry:
             if carried_column(name) not in writer.filled:
