@@ -51,9 +51,9 @@ def convert(
     if activation is not None and to == "microsoft":
         raise typer.BadParameter("a Microsoft file does not store the activation", param_hint="--activation")
     checkpoint = open_checkpoint(Storage(), source, labels=labels)
-    config = checkpoint.model.config
     if activation is not None:
-        config.hidden_act = activation
+        checkpoint = replace(checkpoint, architecture=replace(checkpoint.architecture, hidden_act=activation))
+    config = checkpoint.architecture
     preprocessor = checkpoint.preprocessor
     if size is not None:
         preprocessor = replace(preprocessor, size=int(size))

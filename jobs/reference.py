@@ -34,7 +34,8 @@ def load_model(model: str, size: int | None) -> Checkpoint:
         torch.manual_seed(0)
         labels = tuple(f"class {i}" for i in range(1000))
         network = CvtClassifier.copy_of(CvtForImageClassification(preset_config(model, num_labels=1000)))
-        return Checkpoint(model, network, labels, Preprocessor.published(size or 224))
+        preprocessor = Preprocessor.published(size or 224)
+        return Checkpoint(model, network.config, labels, preprocessor, lambda: network)
     if size is not None:
         raise ConfigError(f"--size: applies only to {', '.join(PRESETS)}; {model} has its own size")
     return open_checkpoint(Storage(), model)
@@ -70,15 +71,15 @@ def transformers_classifier(
     The function takes uint8 images (n, size, size, 3) and returns float32 logits (n, classes).
     """
     dtype, preprocessor = PRECISIONS[precision], checkpoint.preprocessor
-    fields = asdict(checkpoint.model.config)
+    fields = asdict(checkpoint.architecture)
     try:
         model = transformers.CvtForImageClassification(
             transformers.CvtConfig(**fields, num_labels=len(checkpoint.labels))
         )
     except IndexError:
-        problem = transformers_problem(checkpoint.model.config)
+        problem = transformers_problem(checkpoint.architecture)
         raise CheckpointError(f"model {checkpoint.name!r}: nothing to compare with: {problem}") from None
-    if checkpoint.model.config.hidden_act == "quick_gelu":  # which transformers' CvT ignores
+    if checkpoint.architecture.hidden_act == "quick_gelu":  # which transformers' CvT ignores
         for module in model.modules():
             if hasattr(module, "activation"):
                 module.activation = QuickGELUActivation()

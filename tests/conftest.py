@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,10 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.storage import Storage
 from tests.ray_head import Head, ray_head
+
+# Tests and their child processes neither use nor fill the user's cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="cvt-label-test-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Ray reads these variables at import, and some test modules import Ray: set them before collection.
 # With a token in the environment, Ray writes no token into the home folder.

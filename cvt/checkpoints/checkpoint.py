@@ -1,6 +1,6 @@
-"""Loads and saves checkpoints: the model, its preprocessing, its labels, and a digest of all three.
+"""The checkpoint: a model, its preprocessing, its labels, and a digest of all three. Saves checkpoints.
 
-`cvt.checkpoints.weights` reads files of weights. The digest does not depend on the layout of the files.
+Does not import torch. `cvt.checkpoints.loading` loads checkpoints.
 """
 
 from __future__ import annotations
@@ -8,73 +8,78 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cvt.architecture import Architecture, token_sides
-from cvt.checkpoints import microsoft
-from cvt.checkpoints.weights import (
-    CONFIG_FILE,
-    MICROSOFT_SUFFIXES,
-    PREPROCESSOR_FILE,
-    TENSORFLOW_SUFFIX,
-    check_weights,
-    files_to_load,
-    read_file,
-    read_folder,
-)
+from cvt.architecture import Architecture
+from cvt.checkpoints.files import PREPROCESSOR_FILE
 from cvt.errors import CheckpointError, checkpoint_errors, read_text_bytes
-from cvt.network import CvtClassifier
 from cvt.preprocessing import Preprocessor
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
+    from cvt.network import CvtClassifier
 
-#: Folders of the checkpoints in this package, by name.
-BUNDLED = {"fashion-mnist": Path(__file__).parents[1] / "bundled" / "fashion-mnist"}
-
-logger = logging.getLogger("cvt_label")
+#: Number of the definition of `Checkpoint.digest`, and of how files are read: caches of digests have it.
+DIGEST_DEFINITION = 1
 
 #: Limits on the classes, and on the length of a name in UTF-8, since every row has one.
 _MAX_CLASSES, _MAX_NAME_BYTES = 100_000, 1024
 
-#: Maximum number of values in a layer for one image. CvT-W24 has 7 million.
-_MAX_VALUES = 2**28
 
-_PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
-
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
+#: One thread at a time loads a model. Reentrant, because loading may check a digest, which needs the model.
+_loading = threading.RLock()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in float32 and evaluation mode, with its preprocessing and labels.
+    """A model with its preprocessing and labels. The weights are loaded when they are first used.
+
+    A pickled checkpoint contains the weights.
 
     Attributes:
         name: short name, valid in a path.
         labels: names of the classes, in the order of class ids.
+        load_model: loads the weights; called at most once, by `model`.
         commit: commit of a model from the Hugging Face hub, or None.
         problem_type: the field of config.json, None for a model that chooses one of several classes.
+        known_digest: the digest, if it is known without the weights.
     """
 
     name: str
-    model: CvtClassifier
+    architecture: Architecture
     labels: tuple[str, ...]
     preprocessor: Preprocessor
+    load_model: Callable[[], CvtClassifier]
     commit: str | None = None
     problem_type: str | None = None
+    known_digest: str | None = None
+
+    @property
+    def model(self) -> CvtClassifier:
+        """The network in float32 and evaluation mode. Threads may share the first use, which takes seconds.
+
+        Raises `CheckpointError` if the files have changed since the checkpoint was opened.
+        """
+        with _loading:
+            return self._model
+
+    @functools.cached_property
+    def _model(self) -> CvtClassifier:
+        return self.load_model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": self.model, "load_model": None}
 
     @functools.cached_property
     def digest(self) -> str:
         """Hexadecimal SHA-256 of weights, architecture, labels and preprocessing, in any layout of files."""
-        architecture = asdict(self.model.config)
+        if self.known_digest is not None:
+            return self.known_digest
+        architecture = asdict(self.architecture)
         if architecture["hidden_act"] == "gelu":  # transformers has no other, and its files lack the field
             del architecture["hidden_act"]
         content: dict[str, Any] = {
@@ -94,7 +99,7 @@ class Checkpoint:
     @property
     def embedding_width(self) -> int:
         """Number of values in an embedding."""
-        return self.model.config.embed_dim[-1]
+        return self.architecture.embed_dim[-1]
 
     def check_single_label(self) -> None:
         """Raises `CheckpointError` if the scores of the classes are not a softmax."""
@@ -108,44 +113,16 @@ class Checkpoint:
     def to_transformers(self) -> CvtForImageClassification:
         """Returns a copy of the model as a class of transformers, for training and saving."""
         # Imports transformers, which takes seconds.
+        import torch
+
         from cvt.modeling import CvtConfig, CvtForImageClassification
 
-        fields = asdict(self.model.config) | label_fields(self.labels)
+        fields = asdict(self.architecture) | label_fields(self.labels)
         with torch.device("meta"):  # skips random initialization, which takes longer than loading
             model = CvtForImageClassification(CvtConfig(**fields, problem_type=self.problem_type))
         model.to_empty(device="cpu").load_state_dict(self.model.state_dict())
         model.eval()
         return model
-
-
-def load_checkpoint(path: str, revision: str | None = None, labels: str | None = None) -> Checkpoint:
-    """Loads a checkpoint.
-
-    Args:
-        path: checkpoint to load. The first match applies:
-
-            - a name in `BUNDLED`
-            - a local folder with config.json, preprocessor_config.json and weights (safetensors, else
-              PyTorch, else TensorFlow)
-            - a local TensorFlow file (.h5) with both JSON files next to it
-            - a local Microsoft file (.pth or .pt); see `microsoft.image_size` for its image size
-            - a Hugging Face hub id, or `id@revision`
-        revision: branch, tag or commit of a hub id.
-        labels: local file of class names, which replace the names in the checkpoint; see `read_labels`.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, or not a complete CvT classifier.
-    """
-    with checkpoint_errors(f"model {path!r}"):
-        checkpoint = _read(path, revision)
-        if labels is not None:
-            names, count = read_labels(Path(labels).expanduser()), len(checkpoint.labels)
-            if len(names) != count:
-                raise CheckpointError(
-                    f"labels {labels}: number of names: {len(names)}, number of classes of the model: {count}"
-                )
-            checkpoint = replace(checkpoint, labels=tuple(names))
-    return checkpoint
 
 
 def save_checkpoint(model: CvtForImageClassification, preprocessor: Preprocessor, folder: Path) -> None:
@@ -173,14 +150,14 @@ def read_labels(file: Path) -> list[str]:
     with checkpoint_errors(f"labels {file}"):
         text = read_text_bytes(file).decode("utf-8-sig").replace("\r\n", "\n")
         is_json = file.suffix.lower() == ".json"
-        names = _check_names(json.loads(text) if is_json else text.removesuffix("\n").split("\n"))
+        names = check_names(json.loads(text) if is_json else text.removesuffix("\n").split("\n"))
         for i, name in enumerate(names):
             if not name.strip():
                 raise CheckpointError(f"the name of class {i} is empty")
     return names
 
 
-def _check_names(names: Any) -> list[str]:
+def check_names(names: Any) -> list[str]:
     """Checks class names in a list, or in an object from class id to name."""
     if isinstance(names, dict):
         names = [names.get(str(i)) for i in range(len(names))]
@@ -198,72 +175,7 @@ def _check_count(classes: Any) -> None:
         raise CheckpointError(f"the number of classes is {classes!r}, not 1 to {_MAX_CLASSES:,}")
 
 
-def _read(path: str, revision: str | None) -> Checkpoint:
-    if path in BUNDLED:
-        return _read_folder(BUNDLED[path], path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return _read_folder(local, local.name)
-    if local.suffix in MICROSOFT_SUFFIXES and local.is_file():
-        return _read_microsoft(local)
-    if local.suffix == TENSORFLOW_SUFFIX and local.is_file():
-        return _read_folder(local.parent, local.absolute().parent.name, local)
-    if local.exists():
-        raise CheckpointError("not a folder, a .pth file, a .pt file or an .h5 file")
-    if local.suffix in (*MICROSOFT_SUFFIXES, TENSORFLOW_SUFFIX):
-        raise CheckpointError("no such file")
-    hub = _HUB_ID.fullmatch(path)
-    if path.startswith(("/", ".", "~")) or hub is None:
-        raise CheckpointError("no such folder")
-    if revision and hub["revision"]:
-        raise CheckpointError(f"two revisions are given, {hub['revision']!r} and {revision!r}; give one")
-    folder = _fetch(hub["name"], revision or hub["revision"])
-    return replace(_read_folder(folder, hub["name"].rpartition("/")[2]), commit=folder.name)
-
-
-def _fetch(hub_id: str, revision: str | None) -> Path:
-    """Downloads the files of a hub id, or finds them in the cache: `models--<id>/snapshots/<commit>`."""
-    # Imported here, because a local checkpoint does not need the client.
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-
-    bundled = f"(bundled: {', '.join(BUNDLED)})"
-    with checkpoint_errors(f"no such local folder {bundled}, and not available from the Hugging Face hub"):
-        try:
-            listed = HfApi().model_info(hub_id, revision=revision).siblings or []
-        except Exception:  # no network, unavailable hub, HF_HUB_OFFLINE, or a deleted model
-            cached = try_to_load_from_cache(hub_id, CONFIG_FILE, revision=revision)
-            if not isinstance(cached, str):
-                raise
-            return Path(cached).parent
-        files = files_to_load(file.rfilename for file in listed)
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
-
-
-def _read_folder(folder: Path, name: str, weights_file: Path | None = None) -> Checkpoint:
-    """Reads a folder in the Hugging Face layout. Weights may have Microsoft's names."""
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError("the folder has no config.json")
-    with checkpoint_errors(CONFIG_FILE):
-        fields = json.loads(read_text_bytes(folder / CONFIG_FILE))
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        if kind != "cvt":
-            raise CheckpointError(f"model_type is {kind!r}, not 'cvt'")
-        architecture, names = Architecture.from_dict(fields), fields.get("id2label")
-        if names is None:  # transformers generates names
-            labels = _default_labels(fields.get("num_labels", 2))
-        else:
-            with checkpoint_errors("id2label"):
-                labels = tuple(_check_names(names))
-        if (problem_type := fields.get("problem_type")) not in _PROBLEM_TYPES:
-            raise CheckpointError(f"problem_type is {problem_type!r}, not one of {_PROBLEM_TYPES[1:]}")
-    weights = read_folder(folder) if weights_file is None else read_file(weights_file)
-    preprocessor = Preprocessor.from_folder(folder)
-    if problem_type == "single_label_classification":
-        problem_type = None
-    return _make_checkpoint(name, architecture, labels, weights, preprocessor, problem_type)
-
-
-def _default_labels(count: int) -> tuple[str, ...]:
+def default_labels(count: int) -> tuple[str, ...]:
     """Returns the names that transformers gives to classes without names."""
     _check_count(count)
     return tuple(f"LABEL_{i}" for i in range(count))
@@ -272,45 +184,3 @@ def _default_labels(count: int) -> tuple[str, ...]:
 def label_fields(labels: Sequence[str]) -> dict[str, Any]:
     """Returns the fields of CvtConfig for class names."""
     return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-
-
-def _read_microsoft(file: Path) -> Checkpoint:
-    weights = read_file(file)
-    with checkpoint_errors(file.name):
-        architecture = microsoft.infer_architecture(weights)
-        labels = _default_labels(len(weights["head.weight"]))
-    size, cause = microsoft.image_size(file.name, architecture)
-    if cause is not None:
-        cause += "; to set the size: cvt-label convert --size"
-        logger.warning("%s: assuming an image size of %d pixels, because %s", file.name, size, cause)
-    return _make_checkpoint(file.stem, architecture, labels, weights, Preprocessor.published(size))
-
-
-def _make_checkpoint(
-    name: str,
-    architecture: Architecture,
-    labels: tuple[str, ...],
-    weights: Mapping[str, Tensor],
-    preprocessor: Preprocessor,
-    problem_type: str | None = None,
-) -> Checkpoint:
-    """Creates the model with a copy of the weights. Their names are those of transformers or Microsoft."""
-    for i, side in enumerate(token_sides(architecture, preprocessor.size)):
-        width = architecture.embed_dim[i]
-        if not 0 < side**2 * width * max(1, architecture.mlp_ratio[i]) <= _MAX_VALUES:
-            raise CheckpointError(
-                f"size in preprocessor_config.json ({preprocessor.size}) does not fit the architecture in"
-                f" config.json: stage {i} has {side} x {side} tokens of width {width}"
-            )
-    if architecture.num_channels != 3:
-        raise CheckpointError(f"num_channels is {architecture.num_channels}, not 3")
-    with torch.device("meta"):  # skips random initialization, which takes longer than loading
-        expected = CvtClassifier(architecture, len(labels)).state_dict()
-    weights = microsoft.rename_weights(weights, expected)
-    if not any(key.startswith("classifier.") for key in weights) and any("stages." in key for key in weights):
-        raise CheckpointError("the checkpoint has no classifier: its weights are those of a CvtModel")
-    check_weights(weights, expected)
-    counters = {key: torch.zeros((), dtype=torch.long) for key in expected.keys() - weights.keys()}
-    model = CvtClassifier.of_weights(architecture, len(labels), weights | counters)
-    path_name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
-    return Checkpoint(path_name, model, labels, preprocessor, problem_type=problem_type)

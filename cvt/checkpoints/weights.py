@@ -7,58 +7,29 @@ tensors that must not change. `cvt.checkpoints.checkpoint` creates the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from cvt.checkpoints.files import INDEX_SUFFIX, TENSORFLOW_SUFFIX, WEIGHTS_FILES
 from cvt.checkpoints.pytorch import read_pytorch
 from cvt.errors import MAX_TEXT_BYTES, CheckpointError, checkpoint_errors, read_text_bytes
-from cvt.preprocessing import FILE_NAME as PREPROCESSOR_FILE
-
-_INDEX = ".index.json"
-
-#: Names of weights in a folder, in order of precedence.
-_PRECEDENCE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "tf_model.h5",
-)
 
 #: Maximum number of weights in a file. Every valid architecture has fewer.
 _MAX_WEIGHTS = 10_000
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-CONFIG_FILE = "config.json"
-
-#: Suffixes of files that are complete checkpoints, and of files that need JSON files next to them.
-MICROSOFT_SUFFIXES = (".pth", ".pt")
-TENSORFLOW_SUFFIX = ".h5"
-
-
-def files_to_load(names: Iterable[str]) -> list[str]:
-    """Returns the files of a folder that loading needs: configuration files, and one kind of weights."""
-    names = {name for name in names if "/" not in name}
-    used = sorted(names.intersection({CONFIG_FILE, PREPROCESSOR_FILE}))
-    used += [name for name in _PRECEDENCE if name in names][:1]
-    if used and used[-1].endswith(_INDEX):
-        stem, dot, suffix = used[-1].removesuffix(_INDEX).rpartition(".")
-        # Shards have names such as model-00001-of-00002.safetensors.
-        used += sorted(name for name in names if name.startswith(f"{stem}-") and name.endswith(dot + suffix))
-    return used
-
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """Reads the weights of a folder in the Hugging Face layout. Names stay unchanged."""
-    for name in _PRECEDENCE:
+    for name in WEIGHTS_FILES:
         file = folder / name
         if file.is_file():
-            return _read_shards(file) if name.endswith(_INDEX) else read_file(file)
-    raise CheckpointError(f"the folder has no weights: none of {', '.join(_PRECEDENCE)}")
+            return _read_shards(file) if name.endswith(INDEX_SUFFIX) else read_file(file)
+    raise CheckpointError(f"the folder has no weights: none of {', '.join(WEIGHTS_FILES)}")
 
 
 def read_file(file: Path) -> dict[str, Tensor]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cvt.architecture import Architecture
+from cvt.checkpoints.files import files_to_load
 from cvt.checkpoints.tensorflow import TO_TORCH
-from cvt.checkpoints.weights import check_weights, files_to_load, read_file
+from cvt.checkpoints.weights import check_weights, read_file
 from cvt.errors import checkpoint_errors
 from cvt.keras.layers import CvtStage, build, dense, layer_norm, to_tokens
 from cvt.modeling import CvtConfig, CvtForImageClassification, CvtModel

@@ -50,7 +50,7 @@ def model(
     pixels = checkpoint.preprocessor.size
     shape = count or (2048 if device == "cuda" else 64), pixels, pixels, 3
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    macs = count_macs(checkpoint.model.config, len(checkpoint.labels), pixels)
+    macs = count_macs(checkpoint.architecture, len(checkpoint.labels), pixels)
     variants = available_variants(checkpoint, device, precision, batch_size)
     limit = matrix_rate(device, precision) / macs
     rows = figures.compare_rates(variants, images, rounds, EAGER)

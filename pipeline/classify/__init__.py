@@ -1,6 +1,6 @@
 """Classifies decoded images: prediction columns, and thumbnails for the gallery.
 
-`classify.checkpoint` needs PyTorch and is imported by its module name.
+`classify.checkpoint` opens checkpoints and is imported by its module name.
 """
 
 from pipeline.classify.predict import classify

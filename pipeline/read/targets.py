@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+from cvt.checkpoints import read_labels
 from cvt.errors import MAX_TEXT_BYTES, read_text_bytes
 from pipeline.config import ConfigError, InputConfig
 from pipeline.storage import ObjectNotFound, Storage, normalize_uri, temporary_folder
@@ -97,8 +98,6 @@ def load_targets(
 
     Raises `ConfigError` for a missing or invalid file, or a class that the model lacks; or `StorageError`.
     """
-    from cvt.checkpoints import read_labels  # this import takes seconds
-
     content: dict[str, Any] = {}
     field, path, copy = "", None, Path()
     try:

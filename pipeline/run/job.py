@@ -45,7 +45,7 @@ class Job:
     def resource_request(self) -> ResourceRequest:
         """The resources that the job requests from an executor."""
         config, checkpoint, size = self.config, self.checkpoint, self.checkpoint.preprocessor.size
-        macs = count_macs(checkpoint.model.config, len(checkpoint.labels), size)
+        macs = count_macs(checkpoint.architecture, len(checkpoint.labels), size)
         return ResourceRequest(config.read, config.decode, config.classify, size, macs)
 
     @property

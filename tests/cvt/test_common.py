@@ -8,7 +8,6 @@ the source distribution, the tests are skipped.
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def download_tests() -> Path:
         subprocess.SubprocessError: pip cannot download the files.
         OSError: the cache folder cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cvt-label"
+    cache = Path.home() / ".cache" / "cvt-label"
     target = cache / f"transformers-{transformers.__version__}-tests"
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)

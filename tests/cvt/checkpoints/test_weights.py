@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cvt.checkpoints.weights import files_to_load, read_file, read_folder
+from cvt.checkpoints.files import files_to_load
+from cvt.checkpoints.weights import read_file, read_folder
 from cvt.errors import CheckpointError
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]), "c": torch.ones(1)}
