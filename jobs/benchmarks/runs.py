@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import subprocess
 import sys
 import time
@@ -14,9 +12,9 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 
-import jobs
 from jobs.benchmarks.contenders import ENGINE, PIPELINE, Task
 from jobs.benchmarks.figures import BenchmarkError
+from jobs.benchmarks.sections import section_environment
 
 
 @dataclass
@@ -58,19 +56,10 @@ def run_process(contender: str, task: Task, timeout: float) -> str | None:
     """Runs a contender in its own process. Returns the reason of a failure, or None."""
     described, log = Path(f"{task.output}.json"), Path(f"{task.output}.log")
     described.write_text(json.dumps(asdict(task)))
-    path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {
-        "PYTHONPATH": path,
-        "HF_HUB_OFFLINE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "DAFT_ANALYTICS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # without it, Ray writes a token into the home folder
-    }
-    environment.pop("RAY_ADDRESS", None)
     python = [sys.executable, "-m", "jobs.benchmarks.contenders", contender, str(described)]
     try:
         with log.open("wb") as file:
+            environment = section_environment()
             subprocess.run(python, stdout=file, stderr=file, env=environment, timeout=timeout, check=True)
     except subprocess.TimeoutExpired:
         return f"timed out after {timeout:,.0f} s"

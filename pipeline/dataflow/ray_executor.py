@@ -269,7 +269,7 @@ class RayExecutor:
             _ClassifierActor,
             # Put once, so that the weights cross the network once per node and not once per actor.
             fn_constructor_args=(ray.put(stages), resources, limit),
-            batch_size=None,
+            batch_size=1,  # a chunk; with GPUs, Ray refuses None
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 min_size=stages.classify.min_actors,
