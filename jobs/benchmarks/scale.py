@@ -41,7 +41,7 @@ def scale(
     for count in counts:
         for decode_tasks in (False, True):
             name = f"{count} classifiers{', decode tasks' if decode_tasks else ''}"
-            settings = {"classifiers": count, "decode_tasks": decode_tasks}
+            settings: dict[str, Any] = {"classifiers": count, "decode_tasks": decode_tasks}
             settings |= {"chunk_images": chunk_images, "seconds": seconds}
             results.append(_measure("driver", name, settings, seconds + _OTHER_S))
     for size in sizes:
