@@ -5,7 +5,7 @@ from jobs.benchmarks.decoding import decoding
 from jobs.benchmarks.end_to_end import run
 from jobs.benchmarks.model import model
 from jobs.benchmarks.scale import scale
-from jobs.benchmarks.start import start
+from jobs.benchmarks.small_jobs import start
 from jobs.console import add_command
 
 app = make_app()
