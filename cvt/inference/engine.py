@@ -88,12 +88,14 @@ class Engine:
         self._runtime = self._make_runtime(network, batch_size, threads or torch.get_num_threads())
 
     def _make_runtime(self, network: InferenceNetwork, batch_size: int, threads: int) -> Runtime:
+        part_size = max_images_per_part(network.model.config, self._image_shape[0])
         if self.runtime == "openvino":
             from cvt.inference.openvino_runtime import OpenVinoRuntime
 
             if self.device.type != "cpu":
                 raise ValueError(f"runtime 'openvino' needs device 'cpu', not {self.device.type!r}")
-            return OpenVinoRuntime(network, self._image_shape, self.precision, batch_size, threads)
+            shape, precision = self._image_shape, self.precision
+            return OpenVinoRuntime(network, shape, precision, batch_size, part_size, threads)
         compiled = self.runtime == "compile"
         if compiled:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
@@ -102,7 +104,6 @@ class Engine:
             from cvt.inference.cuda_runtime import CudaRuntime
 
             return CudaRuntime(network, self._image_shape, batch_size, compiled)
-        part_size = max_images_per_part(network.model.config, self._image_shape[0])
         return TorchRuntime(network, batch_size, part_size, threads, compiled)
 
     @property
@@ -157,6 +158,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Classifies black images, so that the next call needs no compilation or memory allocation."""
-        count = self.batch_size if self.device.type == "cuda" else 1
-        for _ in range(2):  # the second call records the CUDA graph
+        # On a GPU, the second call records the CUDA graph.
+        count, calls = (self.batch_size, 2) if self.device.type == "cuda" else (1, 1)
+        for _ in range(calls):
             self(np.zeros((count, *self._image_shape), np.uint8))

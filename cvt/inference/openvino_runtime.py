@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import sys
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cvt.inference.network import InferenceNetwork, Result
+from cvt.inference.openvino_graph import FeatureGraph
 from cvt.runtimes import OPENVINO_MISSING
 
-#: Number of images in an inference request. Activations fit the cache, and matrices are large enough.
-_REQUEST_SIZE = 8
+#: Maximum number of images in an inference request. More images of a small model are no faster.
+_MAX_REQUEST_SIZE = 64
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -37,7 +39,7 @@ def import_openvino() -> Any:
 class OpenVinoRuntime:
     """Computes features in OpenVINO, with one request per thread, and the head in PyTorch.
 
-    The network must be on the CPU and in float32.
+    The network must be on the CPU and in float32. `part_size` limits the images in a request.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class OpenVinoRuntime:
         image_shape: tuple[int, int, int],
         precision: str,
         batch_size: int,
+        part_size: int,
         threads: int,
     ) -> None:
         openvino = import_openvino()
@@ -53,53 +56,38 @@ class OpenVinoRuntime:
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in _HINTS or (precision == "bf16" and "BF16" not in capabilities):
             raise ValueError(f"runtime 'openvino' does not support precision {precision!r} on this CPU")
-        config = network.model.config
-        # OpenVINO converts the edges of average pooling incorrectly.
-        if "avg" in config.qkv_projection_method:
-            raise ValueError("runtime 'openvino' does not support qkv_projection_method 'avg'")
         self.batch_size = batch_size
-        self._network = network
-        self._request_size = min(_REQUEST_SIZE, -(-batch_size // threads))
-        self._width = config.embed_dim[-1]
-        example = torch.zeros((self._request_size, *image_shape), dtype=torch.uint8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # a warning of PyTorch about its own code
-            exported = openvino.convert_model(torch.export.export(_Features(network), (example,)))
+        self._classifier = network.model.classifier
+        rounds = -(-batch_size // (min(part_size, _MAX_REQUEST_SIZE) * threads))
+        self._request_size = -(-batch_size // (rounds * threads))
+        graph = FeatureGraph(openvino, network, (self._request_size, *image_shape))
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
         }
-        self._queue = openvino.AsyncInferQueue(core.compile_model(exported, "CPU", options), threads)
-        self._queue.set_callback(self._keep)
+        compiled = core.compile_model(graph.model, "CPU", options)
+        self._requests = queue.SimpleQueue[Any]()
+        for _ in range(threads):
+            self._requests.put(compiled.create_infer_request())
+        self._pool = ThreadPoolExecutor(threads, "network")
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
-        images = np.asarray(images)
-        embeddings = np.empty((len(images), self._width), np.float32)
-        for start in range(0, len(images), self._request_size):
-            part = images[start : start + self._request_size]
-            padding = self._request_size - len(part)
-            if padding:
-                part = np.pad(part, ((0, padding), (0, 0), (0, 0), (0, 0)))
-            self._queue.start_async(
-                [np.ascontiguousarray(part)], embeddings[start : start + self._request_size]
-            )
-        self._queue.wait_all()
-        with torch.inference_mode():
-            logits: np.ndarray = self._network.model.classifier(torch.from_numpy(embeddings)).numpy()
-        return lambda: (logits, embeddings)
+        images, size = np.asarray(images), self._request_size
+        parts = (images[start : start + size] for start in range(0, len(images), size))
+        outputs = [self._pool.submit(self._run, part) for part in parts]
 
-    @staticmethod
-    def _keep(request: Any, rows: np.ndarray) -> None:
-        rows[:] = request.get_output_tensor().data[: len(rows)]
+        def result() -> tuple[np.ndarray, np.ndarray]:
+            embeddings = np.concatenate([output.result() for output in outputs])
+            with torch.inference_mode():
+                return self._classifier(torch.from_numpy(embeddings)).numpy(), embeddings
 
+        return result
 
-class _Features(torch.nn.Module):
-    """The part of the network that OpenVINO runs."""
-
-    def __init__(self, network: InferenceNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.network.embed(pixels)
+    def _run(self, part: np.ndarray) -> np.ndarray:
+        request, count = self._requests.get(), len(part)
+        try:
+            padded = np.pad(part, ((0, self._request_size - count), (0, 0), (0, 0), (0, 0)))
+            return np.array(request.infer([padded])[0][:count])
+        finally:
+            self._requests.put(request)
