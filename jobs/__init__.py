@@ -1,5 +1,7 @@
 """The commands: each module is one command, a thin layer over `pipeline`."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -34,4 +36,6 @@ def _end_on_signals() -> None:
 
 if sys.argv[0] == "-m" or Path(sys.argv[0]).name == "cvt-label":  # "-m": Python is about to run a module
     _end_on_signals()
+    # Without a last search for cycles among all objects of PyTorch and Ray, the process ends 0.2 s earlier.
+    atexit.register(gc.freeze)
 _check_package_origins()

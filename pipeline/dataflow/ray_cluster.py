@@ -91,7 +91,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             init_ray(address, logging_level=logging.ERROR, log_to_driver=False, **local)
             with sigterm_interrupts():  # ray.init has set another handler
                 first = ray.remote(num_cpus=0)(_do_nothing).remote()
-                import ray.data  # takes seconds; sets the log level of Ray Data
+                import ray.data  # takes a second; sets the log level of Ray Data
 
                 logging.getLogger("ray.data").setLevel(logging.ERROR)
                 if address == LOCAL:  # a cluster may install a runtime environment for many minutes
@@ -99,7 +99,19 @@ def ray_cluster(address: str | None) -> Iterator[None]:
                 yield
         finally:
             with interrupts_deferred():  # an interrupt would leave processes behind
+                if address == LOCAL:
+                    _kill_autoscaler()
                 ray.shutdown()
+
+
+def _kill_autoscaler() -> None:
+    """Kills the autoscaler of a local Ray, which has no node to add; `ray.shutdown` waits a second for it."""
+    import psutil  # comes with Ray
+
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any("/ray/autoscaler/" in argument for argument in process.cmdline()):
+                process.kill()
 
 
 def _session_folder() -> AbstractContextManager[Path]:

@@ -12,12 +12,11 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from pipeline.attempts import Attempt, Attempts
 from pipeline.config import Config, RayConfig, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.ray_executor import (
     MAX_READ_TASKS,
-    Attempt,
-    Attempts,
     ShardSource,
     _set_context,
     classify_or_die,
@@ -151,25 +150,6 @@ def test_each_shard_is_read_by_one_task_and_tasks_are_limited(count: int) -> Non
     assert len(tasks) == source.tasks <= MAX_READ_TASKS
     read = [number for task in tasks for number, _ in task.read_fn.args[0]]
     assert read == list(range(count))
-
-
-def test_work_that_kills_its_workers_keeps_its_error() -> None:
-    attempts = Attempts(max_attempts=2)
-    assert attempts.start("reading", "process 1") == (1, 0, None)
-    attempts.add_result("reading", 1)
-    attempts.add_result("reading", 2)
-    assert attempts.start("reading", "process 2") == (2, 2, None)
-    attempts.add_result("reading", 1)
-    cause = "2 workers died while reading, the last one in process 2; ray.task_retries limits the attempts"
-    assert attempts.start("reading", "process 3") == (2, 2, cause)
-    assert attempts.start("reading", "process 4") == (2, 2, cause)
-
-
-def test_finished_work_may_be_repeated() -> None:
-    attempts = Attempts(max_attempts=1)
-    for _ in range(3):  # Ray repeats finished work whose results were on a lost node
-        assert attempts.start("decoding", "process 1").error is None
-        attempts.finish("decoding")
 
 
 class LocalLimit:
