@@ -1,14 +1,16 @@
 """The contenders of the end-to-end benchmark: `python -m jobs.benchmarks.contenders NAME TASK.json`.
 
-Each contender labels the same tars and writes Parquet files with `key`, `label` and `score`. The peers use
-transformers' model and no code of this package, as in their own documentation and benchmarks. Each function
-imports its own libraries, because the start-up time is measured too.
+Each contender reads the same images from a bucket, and writes Parquet files with `key`, `label` and `score`
+to the bucket. The environment has the bucket's endpoint and credentials. The peers use transformers' model
+and no code of this package, as in their own documentation and benchmarks. Each function imports its own
+libraries, because the start-up time is measured too.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tarfile
 import time
@@ -26,18 +28,21 @@ from pipeline.config import Config, load_job_config
 #: All images have this extension, because some readers make one column per extension. Decoders detect the
 #: format from the bytes.
 EXTENSION = "jpg"
+_SMALL_PIXELS = 64
 
 
 @dataclass(frozen=True)
 class Task:
-    """The task of a contender. All contenders of a round have the same task.
+    """The task of a contender. All contenders have the same task for the same number of images.
 
     Attributes:
-        tars: folder with uncompressed tars of images `<key>.jpg`.
-        files: folder with the same images as single files, for contenders that cannot read tars.
-        model: folder with a checkpoint in the Hugging Face layout.
+        tars: `s3://` URI of a folder with uncompressed tars of images `<key>.jpg`.
+        files: the same images as single files, for contenders that cannot read tars.
+        model: local folder with a checkpoint in the Hugging Face layout.
         size: height and width of the model's images, in pixels.
-        output: folder for the Parquet files; must not exist.
+        output: `s3://` URI of the folder for the Parquet files; must be empty.
+        local: start of the names of local files about this attempt: events, log, configuration.
+        batch_size: None: the default of this pipeline, and what is fastest for the peers on a CPU.
         overrides: overrides of the configuration of this pipeline.
     """
 
@@ -46,7 +51,8 @@ class Task:
     model: str
     size: int
     output: str
-    batch_size: int
+    local: str
+    batch_size: int | None
     device: str
     precision: Precision
     cores: int
@@ -55,12 +61,30 @@ class Task:
     @property
     def events(self) -> Path:
         """File with one line per labeled batch: the number of images, and `time.monotonic()`."""
-        return Path(f"{self.output}.events")
+        return Path(f"{self.local}.events")
+
+    @property
+    def peers_batch_size(self) -> int:
+        """The batch size of the peers."""
+        return self.batch_size or (256 if self.size < _SMALL_PIXELS else 32)
 
     def record(self, images: int) -> None:
         """Records that a batch of images is labeled. Any process may call this function."""
         with self.events.open("a") as file:  # a single write keeps lines of several processes apart
             file.write(f"{images} {time.monotonic()}\n")
+
+
+def config_sections(task: Task) -> dict[str, dict[str, Any]]:
+    """Returns the configuration of this pipeline for a task, without the overrides."""
+    classify: dict[str, Any] = {"device": task.device, "batch_size": task.batch_size}
+    if task.device == "cuda":
+        classify["max_actors"] = 1  # one GPU, like the peers
+    return {
+        "input": {"uri": task.tars, "labels": False},
+        "model": {"path": task.model, "precision": task.precision},
+        "output": {"uri": task.output},
+        "classify": classify,
+    }
 
 
 def task_config(task: Task) -> Config:
@@ -69,33 +93,10 @@ def task_config(task: Task) -> Config:
     Raises:
         ConfigError: an override is not valid.
     """
-    settings = {
-        "input.uri": task.tars,
-        "input.labels": "false",
-        "model.path": task.model,
-        "model.precision": task.precision,
-        "output.uri": task.output,
-        "classify.device": task.device,
-        "classify.batch_size": task.batch_size,
-    }
-    if task.device == "cuda":
-        settings["classify.max_actors"] = 1  # one GPU, like the peers
-    return load_job_config(None, [f"{n}={v}" for n, v in settings.items()] + list(task.overrides))
-
-
-def whole_pipeline(task: Task) -> None:
-    """Runs the whole job, like `cvt-label label`."""
-    from pipeline.run import label
-
-    done = 0
-
-    def progress(found: Any, plan: Any) -> None:
-        nonlocal done
-        if found.images > done:
-            task.record(found.images - done)
-            done = found.images
-
-    label(task_config(task), on_progress=progress)
+    sections = config_sections(task).items()
+    return load_job_config(
+        None, [f"{name}={json.dumps(fields)}" for name, fields in sections] + [*task.overrides]
+    )
 
 
 def engine_alone(task: Task, seconds: float = 10.0) -> None:
@@ -159,11 +160,26 @@ class TransformersClassifier:
         return found
 
 
+def s3_endpoint() -> str | None:
+    """Returns the endpoint of the S3 server, as boto3 finds it; None for AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def arrow_s3() -> Any:
+    """Returns pyarrow's file system for the S3 server."""
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = (s3_endpoint() or "").rpartition("://")
+    return S3FileSystem(endpoint_override=host, scheme=scheme) if host else S3FileSystem()
+
+
 def dataloader(task: Task) -> None:
     """Labels with a DataLoader, as clip-retrieval's clip_inference and timm's inference.py do.
 
-    Workers, one per core, read, decode and preprocess. The main process runs the model.
+    Workers read tars as webdataset does (one streamed GET per tar), decode, and preprocess whole batches. The
+    main process runs the model.
     """
+    import boto3
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
@@ -171,36 +187,44 @@ def dataloader(task: Task) -> None:
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
     from transformers import AutoImageProcessor
 
-    class Images(IterableDataset[tuple[str, torch.Tensor]]):
-        """Yields keys and pixels. Each worker reads its part of the tars."""
+    processor = AutoImageProcessor.from_pretrained(task.model)
+    bucket, prefix = task.tars.removeprefix("s3://").split("/", 1)
+    listing = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/")
+    tars = [each["Key"] for each in listing["Contents"]]
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            processor = AutoImageProcessor.from_pretrained(task.model)
-            worker = get_worker_info()
+    class Images(IterableDataset[tuple[str, Image.Image]]):
+        """Yields keys and images. Each worker reads its part of the tars."""
+
+        def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
+            worker, client = get_worker_info(), boto3.client("s3")
             assert worker is not None
-            for path in sorted(Path(task.tars).glob("*.tar"))[worker.id :: worker.num_workers]:
-                with tarfile.open(path) as tar:
+            for tar_key in tars[worker.id :: worker.num_workers]:
+                body = client.get_object(Bucket=bucket, Key=tar_key)["Body"]
+                with tarfile.open(fileobj=body, mode="r|") as tar:
                     for member in tar:
-                        data = tar.extractfile(member)
-                        assert data is not None
-                        image = Image.open(data).convert("RGB")
-                        pixels = processor(image, return_tensors="pt").pixel_values[0]
-                        yield member.name.partition(".")[0], pixels
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        image = Image.open(io.BytesIO(file.read())).convert("RGB")
+                        yield member.name.partition(".")[0], image
+
+    def preprocess(samples: Sequence[tuple[str, Image.Image]]) -> tuple[list[str], torch.Tensor]:
+        keys, images = zip(*samples, strict=True)
+        return list(keys), processor(list(images), return_tensors="pt").pixel_values
 
     classifier = TransformersClassifier(task)
     loader = DataLoader(
         Images(),
-        batch_size=task.batch_size,
+        batch_size=task.peers_batch_size,
         num_workers=task.cores,
-        prefetch_factor=2,
+        collate_fn=preprocess,
         pin_memory=task.device == "cuda",
     )
     schema = pa.schema({"key": pa.string(), "label": pa.string(), "score": pa.float32()})
-    Path(task.output).mkdir()
-    with pq.ParquetWriter(f"{task.output}/labels.parquet", schema) as writer:
+    path = task.output.removeprefix("s3://") + "/labels.parquet"
+    with pq.ParquetWriter(path, schema, filesystem=arrow_s3()) as writer:
         for keys, pixels in loader:
             labels, scores = classifier(pixels)
-            writer.write_table(pa.table([list(keys), labels, scores], schema=schema))
+            writer.write_table(pa.table([keys, labels, scores], schema=schema))
 
 
 def ray_data(task: Task) -> None:
@@ -216,7 +240,7 @@ def ray_data(task: Task) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    on_gpu = task.device == "cuda"
+    on_gpu, batch_size, filesystem = task.device == "cuda", task.peers_batch_size, arrow_s3()
     processor = AutoImageProcessor.from_pretrained(task.model)
 
     def preprocess(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -239,17 +263,18 @@ def ray_data(task: Task) -> None:
     ray.init(address="local", num_cpus=task.cores, include_dashboard=False, logging_level=logging.ERROR)
     # If both stages had the same CPUs, Ray would fuse them, and they would run one after the other.
     preprocess_cpus = 1.0 if on_gpu else 0.5
-    images = ray.data.read_webdataset(task.tars, decoder=None, num_cpus=preprocess_cpus)
+    tars, output = (uri.removeprefix("s3://") for uri in (task.tars, task.output))
+    images = ray.data.read_webdataset(tars, filesystem=filesystem, decoder=None, num_cpus=preprocess_cpus)
     (
-        images.map_batches(preprocess, batch_size=task.batch_size, num_cpus=preprocess_cpus)
+        images.map_batches(preprocess, batch_size=batch_size, num_cpus=preprocess_cpus)
         .map_batches(
             Label,
-            batch_size=task.batch_size,
+            batch_size=batch_size,
             compute=ray.data.ActorPoolStrategy(size=1),
             num_cpus=1.0 if on_gpu else max(1.0, task.cores / 2),
             num_gpus=1 if on_gpu else None,
         )
-        .write_parquet(task.output)
+        .write_parquet(output, filesystem=filesystem)
     )
 
 
@@ -261,16 +286,22 @@ def daft(task: Task) -> None:
     import daft as package
     import torch
     from daft import DataType, col
+    from daft.io import IOConfig, S3Config
     from PIL import Image
     from transformers import AutoImageProcessor
 
     package.set_runner_native()
-    processor = AutoImageProcessor.from_pretrained(task.model)
+    processor, batch_size = AutoImageProcessor.from_pretrained(task.model), task.peers_batch_size
+    endpoint, credentials = s3_endpoint(), S3Config.from_env()
+    bucket = IOConfig(s3=credentials.replace(endpoint_url=endpoint) if endpoint else credentials)
     pixels_type = DataType.tensor(DataType.float32(), (3, task.size, task.size))
     result_type = DataType.struct({"label": DataType.string(), "score": DataType.float32()})
 
-    def preprocess(image: Any) -> Any:
-        return processor(Image.fromarray(np.asarray(image)), return_tensors="pt").pixel_values[0].numpy()
+    def preprocess(images: Any) -> Any:
+        if len(images) == 0:
+            return []
+        found = [Image.fromarray(np.asarray(image)) for image in images.to_pylist()]
+        return [*processor(found, return_tensors="pt").pixel_values.numpy()]
 
     class Label:
         """The model."""
@@ -284,24 +315,27 @@ def daft(task: Task) -> None:
             labels, scores = self._classifier(torch.from_numpy(np.array(pixels.to_pylist())))
             return [{"label": label, "score": score} for label, score in zip(labels, scores, strict=True)]
 
-        classify = package.method.batch(return_dtype=result_type, batch_size=task.batch_size)(classify)
+        classify = package.method.batch(return_dtype=result_type, batch_size=batch_size)(classify)
 
-    preprocess = package.func(return_dtype=pixels_type)(preprocess)
+    preprocess = package.func.batch(return_dtype=pixels_type, batch_size=batch_size)(preprocess)
     label_class = package.cls(max_concurrency=1, gpus=1 if task.device == "cuda" else 0)(Label)
-    images = package.from_glob_path(f"{task.files}/*.{EXTENSION}")
-    images = images.with_column("image", col("path").download().decode_image(mode="RGB"))
+    images = package.from_glob_path(f"{task.files}/*.{EXTENSION}", io_config=bucket)
+    images = images.with_column("image", col("path").download(io_config=bucket).decode_image(mode="RGB"))
     images = images.with_column("pixels", preprocess(col("image")))
     found = images.with_column("found", label_class().classify(col("pixels")))
     label, score = (col("found")[name].alias(name) for name in ("label", "score"))
-    found.select(col("path").alias("key"), label, score).write_parquet(task.output)
+    found.select(col("path").alias("key"), label, score).write_parquet(task.output, io_config=bucket)
 
 
-#: The contender that all others are compared with, and the contender that writes no labels.
-PIPELINE, ENGINE = "pipeline", "engine alone"
+#: This pipeline on Ray and in one process, as its users run it: arguments of `cvt-label label`.
+PIPELINE, IN_PROCESS = "cvt-label", "cvt-label --no-ray"
+COMMANDS: dict[str, list[str]] = {PIPELINE: [], IN_PROCESS: ["--no-ray"]}
+#: The contender that writes no labels.
+ENGINE = "engine alone"
 PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}
 
 
 if __name__ == "__main__":
     name, task_file = sys.argv[1:]
-    run = {PIPELINE: whole_pipeline, ENGINE: engine_alone, **PEERS}[name]
+    run = {ENGINE: engine_alone, **PEERS}[name]
     run(Task(**json.loads(Path(task_file).read_text())))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 import os
-import shutil
 import statistics
 import tarfile
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +22,35 @@ from cvt.preprocessing import Preprocessor
 from cvt.runtimes import Precision
 from jobs import console
 from jobs.benchmarks import figures
-from jobs.benchmarks.contenders import ENGINE, EXTENSION, PEERS, PIPELINE, Task, task_config
-from jobs.benchmarks.runs import ContenderResult, run_contender
+from jobs.benchmarks.bucket import open_folder, upload
+from jobs.benchmarks.contenders import (
+    COMMANDS,
+    ENGINE,
+    EXTENSION,
+    IN_PROCESS,
+    PEERS,
+    PIPELINE,
+    Task,
+    task_config,
+)
+from jobs.benchmarks.runs import ContenderResult, read_record, run_contender
 from jobs.reference import load_model, read_images
 
 _SHARD_IMAGES = 8192
 _SHARDS_PER_CORE = 2  # minimum
+
+
+def _parse_counts(text: str) -> list[int]:
+    counts = [int(count) for count in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return sorted(counts)
+
+
+def _check_bucket(uri: str | None) -> str | None:
+    if uri is not None and not uri.startswith("s3://"):
+        raise typer.BadParameter("expected s3://BUCKET or s3://BUCKET/FOLDER, which all contenders can use")
+    return uri
 
 
 def run(
@@ -37,15 +59,37 @@ def run(
     model: console.ModelOption = "cvt-13",
     size: console.SizeOption = None,
     count: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of images; images repeat if there are fewer.")
-    ] = 2000,
+        Any,
+        typer.Option(
+            metavar="N[,N...]",
+            parser=_parse_counts,
+            help="Numbers of images; each is a job of its own. Images repeat if there are fewer.",
+        ),
+    ] = "2000",
     rounds: figures.RoundsOption = 3,
-    batch_size: console.BatchSizeOption = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of images in a batch. Default: that of cvt-label, and for the others 32, or 256 for "
+            "images of less than 64 pixels.",
+        ),
+    ] = None,
     device: figures.DeviceOption = "auto",
     precision: Annotated[Precision, typer.Option(help="Precision of the model.")] = "fp32",
     peers: Annotated[
         str, typer.Option(metavar="NAMES", help="Comma-separated tools to compare with, or none.")
     ] = "ray,dataloader,daft",
+    bucket: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            callback=_check_bucket,
+            help="S3 bucket or folder for images and labels, which are deleted at the end. Default: a local "
+            "S3 server.",
+        ),
+    ] = None,
     set: console.SetOption = None,
     price_per_hour: Annotated[
         float | None, typer.Option(metavar="N", min=0, help="Price of this machine, in any currency.")
@@ -55,26 +99,27 @@ def run(
     ] = 3600,
     output: figures.OutputOption = None,
 ) -> None:
-    """Compare the speed of the whole job with that of other tools.
+    """Compare the whole job with other tools: seconds from start to end, and rate.
 
-    Each contender labels the same tars with the same weights in its own process: this pipeline, the engine
-    alone, and the peers. The labels of each contender are counted. Rates are in steady state: from the first
-    labeled batch to the last.
+    Each contender reads the same images from S3, labels them with the same weights in its own process, and
+    writes the labels to S3: cvt-label on Ray and in one process, its engine alone, and the peers. The labels
+    of each contender are counted. Rates are in steady state: from the first labeled batch to the last.
 
-    More exit statuses: 1 if a contender lost images or this pipeline failed.
+    More exit statuses: 1 if a contender lost images or cvt-label failed.
     """
     names = [] if peers == "none" else peers.split(",")
     if not PEERS.keys() >= {*names}:
         raise typer.BadParameter(f"choose from {', '.join(PEERS)}, or none", param_hint="--peers")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        checkpoint = load_model(model, size)
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name, ExitStack() as stack:
+        folder, checkpoint = Path(name), load_model(model, size)
         task = Task(
-            tars=f"{folder}/tars",
-            files=f"{folder}/files",
+            tars="s3://benchmark/tars",  # of each attempt, see below
+            files="",
             model=f"{folder}/model",
             size=checkpoint.preprocessor.size,
-            output=f"{folder}/output",
+            output="s3://benchmark/labels",
+            local="",
             batch_size=batch_size,
             device=device,
             precision=precision,
@@ -84,24 +129,35 @@ def run(
         task_config(task)  # checks the overrides before the first measurement
         save_checkpoint(checkpoint.to_transformers(), checkpoint.preprocessor, Path(task.model))
         console.print_notice("packing the images")
-        make_dataset(images, Path(task.tars), checkpoint.preprocessor, count, cores)
-        if "daft" in names:
-            for tar in Path(task.tars).iterdir():
-                shutil.unpack_archive(tar, task.files, filter="data")
-        results = [ContenderResult(name) for name in (PIPELINE, ENGINE, *names)]
-        for turn in range(1, rounds + 1):
-            for result in results:
-                if result.failure:
-                    continue  # the contender would fail again
-                console.print_notice(f"round {turn} of {rounds}: {result.contender}")
-                attempt = replace(task, output=f"{task.output}-{result.contender.replace(' ', '-')}-{turn}")
-                run_contender(result, attempt, count, timeout)
-                if result.failure and result.contender == PIPELINE:
-                    raise figures.BenchmarkError(f"the pipeline failed: {result.failure}")
-        [record] = Path(f"{task.output}-{PIPELINE}-{rounds}").glob("model=*/runs/*.json")
-        last_run = json.loads(record.read_text())
+        for number in count:  # before the environment selects the local S3 server
+            make_dataset(images, folder / f"{number}", checkpoint.preprocessor, number, cores)
+        root = stack.enter_context(open_folder(bucket))
+        for number in count:
+            upload(
+                folder / f"{number}",
+                f"{root}/{number}/tars",
+                f"{root}/{number}/files" if "daft" in names else None,
+            )
+        results = [ContenderResult(each, number) for number in count for each in (*COMMANDS, *names)]
+        results.append(ContenderResult(ENGINE, count[-1]))
+        for turn, result in itertools.product(range(1, rounds + 1), results):
+            if result.failure:
+                continue  # the contender would fail again
+            console.print_notice(f"round {turn} of {rounds}: {result.contender}, {result.images:,} images")
+            job, attempt = f"{root}/{result.images}", f"{result.contender.replace(' ', '-')}-{turn}"
+            own = replace(task, tars=f"{job}/tars", files=f"{job}/files", output=f"{job}/{attempt}")
+            run_contender(result, replace(own, local=f"{folder}/{result.images}-{attempt}"), timeout)
+            if result.failure and result.contender in COMMANDS:
+                raise figures.BenchmarkError(f"{result.contender} failed: {result.failure}")
+        last_run = read_record(f"{root}/{count[-1]}/{PIPELINE}-{rounds}")
     for result in results:
-        result.pipeline_speedup = figures.ratios(results[0].images_per_s, result.images_per_s)
+        by_name = {each.contender: each for each in results if each.images == result.images}
+        if result.contender != ENGINE:
+            result.seconds_ratio = figures.ratios(result.seconds, by_name[PIPELINE].seconds)
+            result.seconds_ratio_in_process = figures.ratios(result.seconds, by_name[IN_PROCESS].seconds)
+        if len(result.images_per_s) < len(result.seconds):
+            result.images_per_s = []  # too few images for a steady state
+        result.pipeline_speedup = figures.ratios(by_name[PIPELINE].images_per_s, result.images_per_s)
         if price_per_hour is not None and result.images_per_s:
             result.cost_per_million = price_per_hour / 3600 / statistics.median(result.images_per_s) * 1e6
     figures.print_results(

@@ -30,6 +30,7 @@ def task(tmp_path: Path) -> Task:
         model="fashion-mnist",
         size=28,
         output=str(tmp_path / "output"),
+        local=str(tmp_path / "local"),
         batch_size=1,
         device="cpu",
         precision="fp32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from cvt.preprocessing import Preprocessor
 from jobs.benchmarks.end_to_end import make_dataset, run
 from pipeline.read import NoShardsError
-from tests.command import invoke
+from tests.command import cvt_label_process, invoke
 from tests.makers import make_image, make_tar
 
 PREPROCESSOR = Preprocessor.published()
@@ -49,25 +50,28 @@ def test_shards_without_decodable_images_fail(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    data = ["--images", images, "--model", "fashion-mnist", "--count", 60]
+    data = ["--images", images, "--model", "fashion-mnist", "--count", "60,20"]
     how = ["--rounds", 1, "--batch-size", 4, "--device", "cpu", "--peers", "dataloader,daft"]
-    more = ["--set", "ray.address=in-process", "--set", "read.chunk_images=8", "--price-per-hour", 2]
-    done = invoke(run, *data, *how, *more, "--output", figures)
+    more = ["--set", "read.chunk_images=8", "--price-per-hour", 2, "--output", figures]
+    done = cvt_label_process("benchmark", "run", *data, *how, *more)  # the environment changes
+    assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     assert found["settings"]["batch_size"] == 4
     assert {"machine", "versions", "stages_of_last_run"} < set(found)
-    pipeline, engine, peer, _ = found["contenders"]
-    assert [one["contender"] for one in (pipeline, engine, peer)] == [
-        "pipeline",
-        "engine alone",
-        "dataloader",
-    ]
-    for contender in (pipeline, engine, peer):
-        assert contender["failure"] is None
-        [rate] = contender["images_per_s"]
-        assert 0 < contender["first_labels_s"][0] < contender["seconds"][0]
-        assert contender["cost_per_million"] == pytest.approx(2 / rate / 3600 * 1e6)
-        assert contender["pipeline_speedup"] == [pytest.approx(pipeline["images_per_s"][0] / rate)]
+    rows = {(row["contender"], row["images"]): row for row in found["contenders"]}
+    jobs = list(itertools.product((20, 60), ("cvt-label", "cvt-label --no-ray", "dataloader", "daft")))
+    assert [*rows] == [(name, count) for count, name in jobs] + [("engine alone", 60)]
+    for (name, count), row in rows.items():
+        if name == "daft":  # may not be installed
+            continue
+        assert row["failure"] is None
+        assert 0 < row["first_labels_s"][0] < row["seconds"][0]
+        if name != "engine alone":
+            [ours] = rows["cvt-label", count]["seconds"]
+            assert row["seconds_ratio"] == [pytest.approx(row["seconds"][0] / ours)]
+            assert row["images_per_s"] == []  # the run is too short for a steady state
+    engine = rows["engine alone", 60]
+    assert engine["cost_per_million"] == pytest.approx(2 / engine["images_per_s"][0] / 3600 * 1e6)
     assert found["last_run"][0]["decoder"] == "the CPU, exact"
     assert found["seconds_of_last_run"][0]["first_commit"] > 0
     assert "dataloader" in done.stdout
@@ -76,6 +80,8 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--count", "100,0"], "Invalid value for '--count': 100,0"),
+        (["--bucket", "gs://bucket"], "expected s3://BUCKET"),
         (["--peers", "ray,spark"], "choose from ray, dataloader, daft, or none"),
         (["--model", "fashion-mnist", "--size", "224"], "has its own size"),
         (["--set", "decode.nothing=1", "--model", "fashion-mnist"], "--set decode.nothing=1: unknown field"),

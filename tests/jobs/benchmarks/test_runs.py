@@ -12,9 +12,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.benchmarks.contenders import Task, engine_alone, task_config
+from cvt.preprocessing import Preprocessor
+from jobs.benchmarks.contenders import IN_PROCESS, Task, engine_alone, task_config
+from jobs.benchmarks.end_to_end import make_dataset
 from jobs.benchmarks.figures import BenchmarkError
-from jobs.benchmarks.runs import check_labels, contender_rate, read_events, run_process
+from jobs.benchmarks.runs import (
+    ContenderResult,
+    check_labels,
+    contender_rate,
+    read_events,
+    run_contender,
+    run_process,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -48,12 +57,25 @@ def test_lost_or_repeated_images_fail(
 
 
 def test_contender_rate_is_from_the_first_batch_to_the_last(task: Task) -> None:
-    events = task.events
-    events.write_text("32 10.0\n32 14.0\n8 15.0\n32 12.0\n")  # processes may write out of order
-    assert contender_rate("ray", read_events(task)) == 72 / 5
-    events.write_text("32 10.0\n")
-    with pytest.raises(BenchmarkError, match="too few images"):
-        contender_rate("ray", read_events(task))
+    task.events.write_text("32 10.0\n32 18.0\n8 20.0\n32 12.0\n")  # processes may write out of order
+    assert contender_rate(read_events(task)) == 72 / 10
+    task.events.write_text("32 10.0\n32 18.0\n")  # too short for a steady state
+    assert contender_rate(read_events(task)) is None
+
+
+def test_run_of_pipeline_is_counted_and_timed(images: Path, task: Task) -> None:
+    make_dataset(str(images), Path(task.tars), Preprocessor.published(), 5, cores=1)
+    result = ContenderResult(IN_PROCESS, 5)
+    run_contender(result, task, 120)
+    assert result.failure is None
+    assert 0 < result.first_labels_s[0] < result.seconds[0]
+    with pytest.raises(BenchmarkError, match="of 6 images, found 5 rows for 5 images"):
+        check_labels(IN_PROCESS, task.output, 6)
+
+
+def test_failure_of_pipeline_is_reported(task: Task) -> None:
+    reason = run_process(IN_PROCESS, replace(task, overrides=("decode.nothing=1",)), 120)
+    assert "decode.nothing=1: unknown field" in (reason or "")
 
 
 def test_contenders_start_without_heavy_imports() -> None:
