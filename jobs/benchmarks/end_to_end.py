@@ -41,10 +41,10 @@ _SHARDS_PER_CORE = 2  # minimum
 
 
 def _parse_counts(text: str) -> list[int]:
-    counts = [int(count) for count in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(text)
-    return sorted(counts)
+    numbers = {int(number) if number.isdecimal() else 0 for number in text.split(",")}
+    if 0 in numbers:
+        raise typer.BadParameter(f"{text}: expected positive numbers, such as 100,1000")
+    return sorted(numbers)
 
 
 def _check_bucket(uri: str | None) -> str | None:

@@ -80,7 +80,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--count", "100,0"], "Invalid value for '--count': 100,0"),
+        (["--count", "100,0"], "'--count': 100,0: expected positive numbers"),
         (["--bucket", "gs://bucket"], "expected s3://BUCKET"),
         (["--peers", "ray,spark"], "choose from ray, dataloader, daft, or none"),
         (["--model", "fashion-mnist", "--size", "224"], "has its own size"),
