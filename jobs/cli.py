@@ -16,7 +16,7 @@ from pipeline import __version__
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
-    "demo", "pack", "train", "convert", "verify", "config", "benchmark",
+    "metrics", "demo", "pack", "train", "convert", "verify", "config", "benchmark",
 )  # fmt: skip
 
 

@@ -45,6 +45,29 @@ def find_partition(config: Config) -> Partition:
     return Partition.open(storage, runs[max(runs)])
 
 
+def find_last_run(config: Config) -> tuple[str, dict[str, Any]]:
+    """Finds the last run on the input of a configuration, with any model and in any state.
+
+    Returns:
+        The model as `<name>-<fingerprint8>`, and the run record.
+
+    Raises:
+        StorageError: there is no such run, or the records can't be read.
+    """
+    storage, runs = make_storage(config.storage), dict[str, tuple[str, dict[str, Any]]]()
+    for uri in storage.list_folders(config.output.uri):
+        partition = Partition(storage, uri, ())
+        if partition.name.startswith("model="):
+            for run in partition.records()[: -_RUNS - 1 : -1]:
+                record = partition.record(run)
+                if InputUris.of_record(record) == config.input.inputs:
+                    runs[run] = partition.model, record
+                    break
+    if not runs:
+        raise StorageError(config.output.uri, f"has no record of a run on {config.input.inputs}")
+    return runs[max(runs)]
+
+
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
     """Returns whether a recorded configuration determines the same labels; compares the model by its name."""
     try:

@@ -1,0 +1,83 @@
+"""Prints metrics of the last runs for Prometheus: `python -m jobs.metrics`, or `cvt-label metrics`."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from prometheus_client import CollectorRegistry, Gauge, generate_latest, write_to_textfile
+
+from jobs import console
+from pipeline import load_job_config
+from pipeline.config import ScheduleConfig, load_config
+from pipeline.run import find_last_run
+
+
+def metrics(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of a job.")
+    ] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Configuration of a schedule, in place of a job.")
+    ] = None,
+    set: console.SetOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to replace, in one step.")
+    ] = None,
+) -> None:
+    """Print metrics of each dataset's last run for Prometheus.
+
+    The metrics come from the run records in the output, so they exist when no cluster is running.
+
+    More exit statuses: 4 if a dataset has no run yet, or its runs cannot be read (all others are printed).
+    """
+    if (config is None) == (schedule is None):
+        raise typer.BadParameter("give --config or --schedule, not both")
+    if config is not None:
+        jobs = [load_job_config(config, set or ())]
+    else:
+        assert schedule is not None
+        loaded = load_config(ScheduleConfig, schedule, set or (), keep_relative_paths=True)
+        jobs = [dataset.job for dataset in loaded.datasets.values()]
+    registry, exit_status = CollectorRegistry(), console.ExitStatus.OK
+
+    def gauge(name: str, text: str, *more_labels: str) -> Gauge:
+        return Gauge(
+            f"cvt_label_last_run_{name}", text, ("dataset", "model", *more_labels), registry=registry
+        )
+
+    start = gauge("start_timestamp_seconds", "Start of the last run.")
+    end = gauge(
+        "end_timestamp_seconds", "End of the last run; missing while it is active or if it was killed."
+    )
+    status = gauge("status", "1; the label is the status in the run record, or limit_exceeded.", "status")
+    rate = gauge("images_per_second", "Rate of the last run; missing if the run was too short.")
+    for job in jobs:
+        dataset = str(job.input.inputs)
+        try:
+            model, record = find_last_run(job)
+        except Exception as error:  # does not affect the other datasets
+            console.print_notice(f"{dataset}: {error}")
+            exit_status = console.ExitStatus.UNAVAILABLE
+            continue
+        start.labels(dataset, model).set(_timestamp(record["started_at"]))
+        if "ended_at" in record:
+            end.labels(dataset, model).set(_timestamp(record["ended_at"]))
+        is_broken = record.get("broken_limits") or record.get("broken_failure_limits")
+        status.labels(dataset, model, "limit_exceeded" if is_broken else record["status"]).set(1)
+        if (images_per_s := record.get("images_per_s")) is not None:
+            rate.labels(dataset, model).set(images_per_s)
+    if output is None:
+        typer.echo(generate_latest(registry).decode(), nl=False)
+    else:
+        write_to_textfile(str(output), registry)
+    sys.exit(exit_status)
+
+
+def _timestamp(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()
+
+
+if __name__ == "__main__":
+    console.run_command(metrics)

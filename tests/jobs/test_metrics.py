@@ -1,0 +1,195 @@
+"""Tests of the command `metrics`, and of the alert rules on these metrics."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs.metrics import metrics
+from pipeline.storage import Storage
+from tests.command import invoke
+from tests.partitions import make_predictions, write_partition
+from tests.ray_head import REPOSITORY
+
+RULES = REPOSITORY / "configs" / "prometheus_alerts.yaml"
+START, END = "2026-11-29T02:00:00+00:00", "2026-11-29T03:30:00+00:00"
+STARTED, ENDED = 1795917600.0, 1795923000.0
+
+
+def write_runs(folder: Path, model: str = "model=m-ffffffff", runs: int = 1, **record: Any) -> None:
+    """Writes a partition whose runs have this record, on the input `folder`/in."""
+    record = {"config": {"input": {"uri": f"{folder}/in"}}, "started_at": START, "ended_at": END} | record
+    predictions = make_predictions("/in/a.tar", ["coat"], [0])
+    runs_of_shard = [{"/in/a.tar": predictions}] * runs
+    write_partition(Storage(), f"{folder}/out/{model}", ["coat"], runs_of_shard, record)
+
+
+def write_config(folder: Path, name: str = "job") -> Path:
+    config = {"input": {"uri": f"{folder}/in"}, "model": {"path": "microsoft/cvt-13"}}
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config | {"output": {"uri": f"{folder}/out"}}))
+    return file
+
+
+def parse(text: str) -> dict[str, float]:
+    """Returns the values by name and the labels that are not the dataset."""
+    return {
+        " ".join([sample.name.removeprefix("cvt_label_last_run_"), *list(sample.labels.values())[1:]]): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_metrics_describe_the_last_run(tmp_path: Path) -> None:
+    write_runs(tmp_path, images_per_s=12.5)
+    assert parse(invoke(metrics, "--config", write_config(tmp_path)).stdout) == {
+        "start_timestamp_seconds m-ffffffff": STARTED,
+        "end_timestamp_seconds m-ffffffff": ENDED,
+        "status m-ffffffff complete": 1,
+        "images_per_second m-ffffffff": 12.5,
+    }
+
+
+def test_active_or_killed_run_has_no_end(tmp_path: Path) -> None:
+    write_runs(tmp_path, status="running")
+    uri = next((tmp_path / "out").glob("*/runs/*.json"))
+    uri.write_text(uri.read_text().replace(f', "ended_at": "{END}"', ""))
+    assert parse(invoke(metrics, "--config", write_config(tmp_path)).stdout) == {
+        "start_timestamp_seconds m-ffffffff": STARTED,
+        "status m-ffffffff running": 1,
+    }
+
+
+@pytest.mark.parametrize("field", ["broken_limits", "broken_failure_limits"])
+def test_complete_run_that_exceeds_a_limit_is_not_complete(tmp_path: Path, field: str) -> None:
+    write_runs(tmp_path, **{field: ["psi 0.4 is more than gate.max_psi"]})
+    found = parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)
+    assert [name for name in found if name.startswith("status")] == ["status m-ffffffff limit_exceeded"]
+
+
+def test_last_run_is_the_latest_of_all_models_on_the_dataset(tmp_path: Path) -> None:
+    write_runs(tmp_path, "model=old-00000000", runs=2)
+    write_runs(tmp_path, "model=new-11111111", runs=3, status="failed")
+    write_runs(tmp_path, "model=x-22222222", runs=4, config={"input": {"uri": f"{tmp_path}/other"}})
+    (tmp_path / "out/model=new-11111111/class_stats.parquet").unlink()  # its first run failed
+    found = parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)
+    assert "status new-11111111 failed" in found
+    assert len(found) == 3
+
+
+def test_schedule_reports_each_dataset_and_those_without_a_run(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+        write_config(folder)
+    write_runs(folders[0])
+    write_runs(folders[2], status="incomplete")
+    datasets = {folder.name: yaml.safe_load((folder / "job.yaml").read_text()) for folder in folders}
+    schedule = tmp_path / "schedule.yaml"
+    schedule.write_text(yaml.safe_dump({"defaults": {"cron": "0 2 * * *"}, "datasets": datasets}))
+    output = tmp_path / "cvt_label.prom"
+    done = invoke(metrics, "--schedule", schedule, "--output", output, status=4)
+    assert done.stdout == ""
+    assert f"{folders[1]}/in: {folders[1]}/out: has no record of a run" in done.stderr
+    text = output.read_text()
+    assert text.count("# TYPE cvt_label_last_run_status gauge") == 1
+    for folder, status in ((folders[0], "complete"), (folders[2], "incomplete")):
+        labels = f'dataset="{folder}/in",model="m-ffffffff",status="{status}"'
+        assert f"cvt_label_last_run_status{{{labels}}} 1.0\n" in text
+    assert list(tmp_path.glob("cvt_label.prom*")) == [output]  # no temporary file
+
+
+# --- alert rules -----------------------------------------------------------------------------------
+
+
+def status_series(status: str) -> str:
+    return f'cvt_label_last_run_status{{dataset="d",model="m",status="{status}"}}'
+
+
+def alert_test(name: str, at: str, series: dict[str, str], *expected: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "interval": "1m",
+        "input_series": [{"series": key, "values": values} for key, values in series.items()],
+        "alert_rule_test": [{"eval_time": at, "alertname": name, "exp_alerts": list(expected)}],
+    }
+
+
+def firing(summary: str, description: str | None = None, **labels: str) -> dict[str, Any]:
+    annotations = {"summary": summary} | ({} if description is None else {"description": description})
+    own = {"dataset": "d", "model": "m", "severity": "warning"}
+    return {"exp_labels": own | labels, "exp_annotations": annotations}
+
+
+START_SERIES = 'cvt_label_last_run_start_timestamp_seconds{dataset="d",model="m"}'
+END_SERIES = START_SERIES.replace("start", "end")
+RATE = 'cvt_label_last_run_images_per_second{dataset="d",model="m"}'
+REASON = "The run record and docs/reference/exit-statuses.md have the reason and the remedy."
+SLOW = "Less than half of the median of 14 days. The run record names the stage that limited the run."
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(
+            alert_test(
+                "CvtLabelRunFailed",
+                "1h",
+                {status_series(status): "1x100"},
+                firing(f"The last run on d ended with status {status}", REASON, status=status),
+            )
+            for status in ("failed", "incomplete", "limit_exceeded", "interrupted", "aborted")
+        ),
+        alert_test("CvtLabelRunFailed", "1h", {status_series("complete"): "1x100"}),
+        alert_test("CvtLabelRunFailed", "1h", {status_series("running"): "1x100"}),
+        alert_test("CvtLabelRunMissing", "25h", {START_SERIES: "0x2000"}),
+        alert_test(
+            "CvtLabelRunMissing",
+            "27h",
+            {START_SERIES: "0x2000"},
+            firing("No run on d for more than 26 hours"),
+        ),
+        alert_test(
+            "CvtLabelRunMissing",
+            "1h",
+            {},
+            {
+                "exp_labels": {"severity": "warning"},
+                "exp_annotations": {"summary": "No run on any dataset for more than 26 hours"},
+            },
+        ),
+        alert_test("CvtLabelRunNotEnded", "7h", {START_SERIES: "0x1000"}),
+        alert_test("CvtLabelRunNotEnded", "9h", {START_SERIES: "0x1000", END_SERIES: "3600x1000"}),
+        alert_test(
+            "CvtLabelRunNotEnded",
+            "9h",
+            {START_SERIES: "0x1000"},
+            firing("The run on d has not ended after 9h 0m 0s"),
+        ),
+        alert_test("CvtLabelRunSlow", "50h", {RATE: "100x2800 60x200"}),
+        alert_test(
+            "CvtLabelRunSlow",
+            "50h",
+            {RATE: "100x2800 40x200"},
+            firing("The last run on d was slow: 40 images/s", SLOW),
+        ),
+    ],
+    ids=lambda case: case["alert_rule_test"][0]["alertname"],
+)
+def test_alert_fires_if_and_only_if_the_last_run_needs_attention(
+    case: dict[str, Any], tmp_path: Path
+) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(RULES)], "tests": [case]}))
+    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
