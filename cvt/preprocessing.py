@@ -36,6 +36,9 @@ _Type = Literal[
 # image then differs from cropping the resized image.
 SMOOTH_FILTERS = frozenset(Image.Resampling) - {Image.Resampling.NEAREST, Image.Resampling.BOX}
 
+# Filters that PyTorch supports, with PyTorch's names.
+TORCH_FILTERS: dict[int, str] = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+
 # Radius of Pillow's widest filter, in pixels of the smaller image.
 FILTER_REACH = 5
 
@@ -210,6 +213,16 @@ class Preprocessor:
         if width <= height:
             return shortest, int(shortest * height / width)
         return int(shortest * width / height), shortest
+
+    def torch_filter(self) -> str:
+        """Returns PyTorch's name of the filter; raises `ValueError` if PyTorch does not support it."""
+        if self.resample not in TORCH_FILTERS:
+            supported = " and ".join(f"{int(number)} ({name})" for number, name in TORCH_FILTERS.items())
+            raise ValueError(
+                f"preprocessor_config.json: resample: {self.resample} is not supported on a GPU,"
+                f" only {supported}"
+            )
+        return TORCH_FILTERS[self.resample]
 
     def crop_corner(self, width: int, height: int) -> tuple[int, int]:
         """Returns left and top of the crop in the resized image, rounded as in transformers' center_crop."""

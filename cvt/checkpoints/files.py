@@ -29,48 +29,20 @@ WEIGHTS_FILES = (
 MICROSOFT_SUFFIXES = (".pth", ".pt")
 TENSORFLOW_SUFFIX = ".h5"
 
-#: Suffixes of the files that loading a folder may read.
-_SUFFIXES = (".json", ".safetensors", ".bin", TENSORFLOW_SUFFIX)
-
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^\s@]+))?")
 
 
 class LocalCheckpoint(NamedTuple):
-    """The folder or the file of a checkpoint.
-
-    Attributes:
-        source: the path or hub id that was asked for, for messages.
-        path: absolute path.
-        name: name of the model, not yet valid in a path.
-        commit: commit of a model from the Hugging Face hub, or None.
-    """
+    """The folder or file of a checkpoint; `source` is the path or hub id that was asked for."""
 
     source: str
     path: Path
     name: str
     commit: str | None = None
 
-    def versions(self) -> dict[str, str]:
-        """Returns the version of each file that loading may read, by path; raises `OSError`."""
-        files = [self.path]
-        if self.path.suffix not in MICROSOFT_SUFFIXES or self.path.is_dir():
-            folder = self.path if self.path.is_dir() else self.path.parent
-            files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
-        return {str(file): file_version(file) for file in files}
-
-
-def file_version(path: str | Path) -> str:
-    """Returns a text that changes when a local file is written or replaced; raises `OSError`."""
-    # Copies may keep the modification time, and weights of one architecture have the same size.
-    found = Path(path).expanduser().stat()
-    return f"{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}-{found.st_size}"
-
 
 def locate(path: str, revision: str | None = None) -> LocalCheckpoint:
-    """Finds a checkpoint; downloads the files of a hub id. `load_checkpoint` describes the arguments.
-
-    Raises `CheckpointError`: there is no checkpoint.
-    """
+    """Finds a checkpoint, as `load_checkpoint` does; downloads the files of a hub id."""
     with checkpoint_errors(f"model {path!r}"):
         if path in BUNDLED:
             return LocalCheckpoint(path, BUNDLED[path], path)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import cast
-
-from torch import Tensor
+from typing import TYPE_CHECKING, cast
 
 from cvt.architecture import PRESETS, Architecture
 from cvt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("cvt_label")
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from cvt.preprocessing import Preprocessor
-
-#: Filters that PyTorch supports, with PyTorch's names.
-MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 
 
 class DevicePreprocessor:
@@ -23,14 +19,8 @@ class DevicePreprocessor:
     """
 
     def __init__(self, preprocessor: Preprocessor) -> None:
-        if preprocessor.resample not in MODES:
-            supported = " and ".join(f"{int(number)} ({name})" for number, name in MODES.items())
-            raise ValueError(
-                f"preprocessor_config.json: resample: {preprocessor.resample} is not supported on a GPU,"
-                f" only {supported}"
-            )
         self._preprocessor = preprocessor
-        self._mode = MODES[Image.Resampling(preprocessor.resample)]
+        self._mode = preprocessor.torch_filter()
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:

@@ -1,27 +1,35 @@
-"""Opens checkpoints, also in object storage; loads their weights only if they are used or unknown."""
+"""Opens checkpoints, also in object storage.
+
+What is known of a checkpoint without its weights is kept in the user's cache folder. While the files have the
+same versions, only labeling needs the weights and PyTorch.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cvt.checkpoints import Checkpoint
+from pydantic import TypeAdapter
+
+from cvt.checkpoints.checkpoint import DIGEST_DEFINITION, Checkpoint, load_local
 from cvt.checkpoints.files import (
     CONFIG_FILE,
     MICROSOFT_SUFFIXES,
     PREPROCESSOR_FILE,
     TENSORFLOW_SUFFIX,
     LocalCheckpoint,
-    file_version,
     files_to_load,
     locate,
 )
 from cvt.errors import MAX_TEXT_BYTES, CheckpointError
-from pipeline.classify.checkpoint_cache import find_checkpoint, known_fields, store_checkpoint
-from pipeline.storage import ObjectInfo, Storage, is_relative, normalize_uri, temporary_folder
+from pipeline.storage import ObjectInfo, Storage, StorageError, is_relative, normalize_uri, temporary_folder
 
 if TYPE_CHECKING:
     from cvt.network import CvtClassifier
@@ -35,8 +43,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint that `cvt.checkpoints.load_checkpoint` can load, also from object storage.
 
-    If this machine has opened the same versions of its files before, reads no weights and needs no PyTorch:
-    `Checkpoint.model` then loads the weights, and checks that the rest is as known.
+    Reads no weights if this machine has loaded the same versions of the files before. The first use of
+    `Checkpoint.model` then checks that weights, labels and preprocessing are as known.
 
     Args:
         storage: access to the checkpoint.
@@ -50,26 +58,53 @@ def open_checkpoint(
     """
     uri = path if is_relative(path) else normalize_uri(path)  # a relative path may be the name of a model
     files = _Files(storage, uri if "://" in uri else locate(uri, revision), labels)
-    source, versions = repr((path, revision, labels)), files.versions()
+    entry = hashlib.sha256(repr((path, revision, labels)).encode()).hexdigest()
 
-    def load_model() -> CvtClassifier:
-        loaded = load()
-        if known_fields(loaded) != known_fields(checkpoint):
-            raise CheckpointError(
-                f"model {path!r}: its files have changed since the run was planned, or were replaced without "
-                "a new modification time; run the same command again"
-            )
-        return loaded.model
-
-    def load() -> Checkpoint:
-        before = files.versions()
+    def load(versions: dict[str, str]) -> Checkpoint:
         loaded = files.load()
-        if before is not None and before == files.versions():
-            store_checkpoint(source, before, loaded)
+        if versions and versions == files.versions():  # no file changed in the meantime
+            _store(entry, versions, loaded)
         return loaded
 
-    checkpoint = (None if versions is None else find_checkpoint(source, versions, load_model)) or load()
+    def load_model() -> CvtClassifier:
+        loaded = load(files.versions())
+        if _known(loaded) != _known(checkpoint):
+            cause = "its files have changed since the command started, or were replaced unnoticed"
+            raise CheckpointError(f"model {path!r}: {cause}; run the same command again")
+        return loaded.model
+
+    versions = files.versions()
+    checkpoint = _find(entry, versions, load_model) or load(versions)
     return checkpoint
+
+
+def _find(entry: str, versions: dict[str, str], load_model: Callable[[], CvtClassifier]) -> Checkpoint | None:
+    """Returns the checkpoint of an entry of the cache; None if there is none, or not of these versions."""
+    # Whatever is wrong with the cache, the checkpoint can be loaded. RuntimeError: there is no home folder.
+    with suppress(OSError, RuntimeError, ValueError, TypeError, KeyError):
+        content = json.loads(_file(entry).read_bytes())
+        fields = content["checkpoint"] | {"load_model": load_model}
+        if versions and content["versions"] == versions and fields["known_digest"]:
+            return TypeAdapter(Checkpoint).validate_python(fields)
+    return None
+
+
+def _store(entry: str, versions: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Writes an entry of the cache in one atomic step, if possible."""
+    content = {"versions": versions, "checkpoint": _known(checkpoint)}
+    with suppress(StorageError, RuntimeError):
+        Storage().write(str(_file(entry)), json.dumps(content).encode())
+
+
+def _file(entry: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "cvt-label" / "checkpoints" / f"{entry[:32]}.json"
+
+
+def _known(checkpoint: Checkpoint) -> Any:
+    """Returns the fields of a checkpoint, with its digest in place of the weights, as JSON has them."""
+    fields = asdict(checkpoint) | {"load_model": None, "known_digest": checkpoint.digest}
+    return json.loads(json.dumps(fields))
 
 
 @dataclass(frozen=True)
@@ -80,24 +115,24 @@ class _Files:
     model: LocalCheckpoint | str  #: or the URI of a folder or file
     labels: str | None
 
-    def versions(self) -> dict[str, str] | None:
-        """Returns the version of each file by path or URI; None if a local file cannot be accessed."""
+    def versions(self) -> dict[str, str]:
+        """Returns the version of each file by path or URI; nothing if a local file cannot be accessed."""
+        versions = {"definition of the digest": str(DIGEST_DEFINITION)}
         try:
             if isinstance(self.model, str):
-                versions = {info.uri: info.version for info in self._objects(self.model)}
+                versions |= {info.uri: info.version for info in self._objects(self.model)}
             else:
-                versions = self.model.versions()
-            if self.labels is not None:
-                version = self.storage.version if "://" in self.labels else file_version
-                versions[self.labels] = version(self.labels)
+                versions |= _local_versions(self.model.path)
+            if self.labels is not None and "://" in self.labels:
+                versions[self.labels] = self.storage.version(self.labels)
+            elif self.labels is not None:
+                versions |= _local_versions(Path(self.labels).expanduser())
         except OSError:
-            return None
+            return {}
         return versions
 
     def load(self) -> Checkpoint:
         """Loads the checkpoint; copies objects to this machine first."""
-        from cvt.checkpoints.loading import load_local  # imports torch, which takes a second
-
         model, labels, copies = self.model, self.labels, dict[str, str]()
         with temporary_folder() as temporary:
             try:
@@ -146,3 +181,15 @@ class _Files:
             with self.storage.open(info.uri, info.version) as source, copy.open("wb") as target:
                 shutil.copyfileobj(source, target, 8 * 1024**2)
         return str(folder / name)
+
+
+def _local_versions(path: Path) -> dict[str, str]:
+    """Returns versions of the files in a folder, or of a file and of the JSON files next to it, by path."""
+    files = path.iterdir() if path.is_dir() else [path, *path.parent.glob("*.json")]
+    found = {str(file): file.stat() for file in files if not file.is_dir()}
+    # Not only size and modification time: weights of an architecture have the same size, and copies may keep
+    # the time.
+    return {
+        path: f"{file.st_mtime_ns}-{file.st_ctime_ns}-{file.st_ino}-{file.st_size}"
+        for path, file in found.items()
+    }

@@ -83,10 +83,8 @@ def make_job(config: Config) -> Job:
     checkpoint = open_checkpoint(storage, model.path, model.revision, model.labels)
     checkpoint.check_single_label()
     if config.decode.device == "gpu":  # a GPU does not support every preprocessing
-        from cvt.inference.device_preprocessing import DevicePreprocessor
-
         try:
-            DevicePreprocessor(checkpoint.preprocessor)
+            checkpoint.preprocessor.torch_filter()
         except ValueError as error:
             raise ConfigError(f"decode.device: {error}") from error
     section = load_targets(storage, config.input, checkpoint.labels)

@@ -66,6 +66,7 @@ def label_shards(run: RunContext) -> StopController:
     )
     committer = Committer(writer, plan.shards, partial(_record_commit, run))
     run.result.totals, run.failures.causes = committer.totals, committer.totals.causes
+    _ = job.checkpoint.model  # before workers start: an error of the model ends the run
     address = job.config.ray.address
     if address != IN_PROCESS:
         run.on_phase(Phase.STARTING_RAY if ray_address(address) == LOCAL else Phase.CONNECTING_TO_RAY)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from jobs.console import add_command
 from jobs.label import label
 from jobs.plan import plan
 from pipeline.config import Config, load_config
+from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
 
 COMMITS = ("0" * 40, "1" * 40)
@@ -78,6 +81,51 @@ def test_errors_are_reported_and_second_run_labels_nothing(
     caplog.clear()
     assert "0 to label" in run("label", job).output
     assert " shards to" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("location", ["local", "bucket"])
+def test_commands_that_label_nothing_import_no_torch(
+    job: Path, bucket: str, storage: Storage, location: str
+) -> None:
+    options: list[str] = []
+    if location == "bucket":
+        for file in BUNDLED["fashion-mnist"].iterdir():
+            storage.write(f"{bucket}/clothes/{file.name}", file.read_bytes())
+        options = ["--set", f"model.path={bucket}/clothes"]
+    run("label", job, *options)
+    code = (
+        "import atexit, sys\n"
+        "from jobs.cli import main\n"
+        "heavy = {'torch', 'transformers', 'ray', 'huggingface_hub'}\n"
+        f"heavy |= {{'boto3', 'botocore'}} if {location == 'local'} else set()\n"
+        "atexit.register(lambda: print(heavy & {*sys.modules}))\n"
+        "main()\n"
+    )
+    for command in ("plan", "label", "stats", "report"):
+        arguments = [sys.executable, "-c", code, command, "--config", str(job), *options]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("set()\n"), command
+
+
+def test_outdated_cache_ends_the_run_before_a_label_is_written(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    output = re.search(r"^output +(.*)$", run("plan", job).output, re.M)
+    (entry,) = tmp_path.glob("cache/cvt-label/checkpoints/*.json")
+    content = json.loads(entry.read_text())
+    content["checkpoint"]["known_digest"] = "0" * 64
+    entry.write_text(json.dumps(content))
+    message = run("label", job, status=4).output
+    assert "model 'fashion-mnist': its files have changed since the command started" in message
+    assert [*tmp_path.glob("out/**/*.parquet")] == []
+    run("label", job)  # the failed run has replaced the entry
+    assert output is not None
+    written = [*tmp_path.glob("out/**/predictions/**/*.parquet")]
+    assert len(written) == 2
+    assert all(file.is_relative_to(output[1]) for file in written)
 
 
 def test_run_that_fails_while_planning_records_its_selection(job: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cvt.checkpoints import BUNDLED, Checkpoint, load_checkpoint
+from cvt.checkpoints.checkpoint import load_local
 from cvt.checkpoints.microsoft import microsoft_key
 from cvt.errors import CheckpointError
 from cvt.modeling import CvtForImageClassification, preset_config
-from pipeline.classify import checkpoint_cache
 from pipeline.classify.checkpoint import open_checkpoint
-from pipeline.classify.checkpoint_cache import known_fields
 from pipeline.storage import Storage
 
 FOLDER, WEIGHTS = BUNDLED["fashion-mnist"], "model.safetensors"
@@ -46,8 +47,14 @@ def open_local(path: object, labels: object = None) -> Checkpoint:
     return open_checkpoint(Storage(), str(path), labels=labels and str(labels))
 
 
+def known_fields(checkpoint: Checkpoint) -> dict[str, Any]:
+    fields = asdict(checkpoint) | {"load_model": None, "known_digest": checkpoint.digest}
+    content: dict[str, Any] = json.loads(json.dumps(fields))
+    return content
+
+
 def is_cached(checkpoint: Checkpoint) -> bool:
-    return checkpoint.known_digest is not None and "_model" not in vars(checkpoint)
+    return checkpoint.known_digest is not None and "model" not in vars(checkpoint)
 
 
 def change_weights(file: Path) -> None:
@@ -229,13 +236,13 @@ def without(name: str) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda content: content | {"definition": content["definition"] + 1},
-        lambda content: content | {"source": "other"},
+        lambda content: content | {"versions": content["versions"] | {"definition of the digest": "0"}},
+        lambda content: content | {"versions": {}},
         lambda content: content | {"checkpoint": None},
         lambda content: [content],
-        without("digest"),
+        without("known_digest"),
         without("architecture"),
-        lambda content: content | {"checkpoint": content["checkpoint"] | {"unknown": 1}},
+        lambda content: content | {"checkpoint": content["checkpoint"] | {"known_digest": None}},
         lambda content: content | {"checkpoint": content["checkpoint"] | {"architecture": {"depth": [0]}}},
     ],
 )
@@ -273,40 +280,38 @@ def _no_home() -> Path:
     raise RuntimeError("Could not determine home directory.")
 
 
-def test_concurrent_writers_leave_a_complete_entry(cache: Path) -> None:
-    checkpoint = open_local("fashion-mnist")
-    versions = json.loads(entry(cache).read_bytes())["versions"]
-    found, stop = [], threading.Event()
+def test_concurrent_writers_leave_a_complete_entry(cache: Path, folder: Path) -> None:
+    known, stop = known_fields(open_local(folder)), threading.Event()
+    file, times = entry(cache), itertools.count(10**18)
 
     def write() -> None:
         while not stop.is_set():
-            checkpoint_cache.store_checkpoint("x", versions, checkpoint)
+            os.utime(folder / "README.md", ns=(0, next(times)))  # a new version
+            open_local(folder)
 
-    checkpoint_cache.store_checkpoint("x", versions, checkpoint)
+    (folder / "README.md").write_text("")
     writers = [threading.Thread(target=write) for _ in range(3)]
     for writer in writers:
         writer.start()
     try:
-        found = [
-            checkpoint_cache.find_checkpoint("x", versions, lambda: checkpoint.model) for _ in range(200)
-        ]
+        for _ in range(200):
+            assert json.loads(file.read_bytes())["checkpoint"] == known
     finally:
         stop.set()
         for writer in writers:
             writer.join()
-    assert all(found)
-    assert len(list(cache.iterdir())) == 2
+    assert [*cache.iterdir()] == [file]
 
 
 # Loading -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["digest", "labels", "preprocessor", "name"])
+@pytest.mark.parametrize("field", ["known_digest", "labels", "preprocessor", "name"])
 def test_wrong_entry_fails_and_is_replaced(cache: Path, folder: Path, field: str) -> None:
     known = known_fields(open_local(folder))
     content = json.loads(entry(cache).read_bytes())
     other = {
-        "digest": "0" * 64,
+        "known_digest": "0" * 64,
         "labels": list("abcdefghij"),
         "preprocessor": content["checkpoint"]["preprocessor"] | {"crop_pct": 0.5},
         "name": "other",
@@ -342,10 +347,7 @@ def test_file_that_changes_during_loading_gets_no_entry(
         change_weights(folder / WEIGHTS)
         return loaded
 
-    from cvt.checkpoints import loading
-
-    load_local = loading.load_local
-    monkeypatch.setattr(loading, "load_local", load_and_change)
+    monkeypatch.setattr("pipeline.classify.checkpoint.load_local", load_and_change)
     open_local(folder)
     assert not cache.exists()
 
@@ -359,26 +361,3 @@ def test_pickled_checkpoint_has_its_weights(folder: Path) -> None:
     assert known_fields(copy) == known_fields(cached)
     weights = cached.model.state_dict()
     assert all(torch.equal(weight, weights[key]) for key, weight in copy.model.state_dict().items())
-
-
-def test_threads_load_the_weights_once() -> None:
-    expected, calls = load_checkpoint("fashion-mnist"), []
-    barrier = threading.Barrier(4)
-
-    def load() -> Any:
-        calls.append(1)
-        return load_checkpoint("fashion-mnist").model
-
-    shared = Checkpoint("x", expected.architecture, expected.labels, expected.preprocessor, load)
-    found: list[object] = []
-
-    def use() -> None:
-        barrier.wait()
-        found.append(shared.model)
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(calls) == len({*map(id, found)}) == 1
