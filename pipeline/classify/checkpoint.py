@@ -186,9 +186,8 @@ class _Files:
 def _local_versions(path: Path) -> dict[str, str]:
     """Returns versions of the files in a folder, or of a file and of the JSON files next to it, by path."""
     files = path.iterdir() if path.is_dir() else [path, *path.parent.glob("*.json")]
-    found = {str(file): file.stat() for file in files if not file.is_dir()}
-    # Not only size and modification time: weights of an architecture have the same size, and copies may keep
-    # the time.
+    found = {str(file): file.stat() for file in files if file.is_file()}
+    # Weights of an architecture have the same size, and copies may keep the modification time.
     return {
         path: f"{file.st_mtime_ns}-{file.st_ctime_ns}-{file.st_ino}-{file.st_size}"
         for path, file in found.items()

@@ -76,6 +76,28 @@ def test_folder_in_a_bucket_loads_and_gives_the_name(
     assert recording.opened == {f"{uri}/{name}" for name in names}
 
 
+def test_objects_are_read_once_per_version(bucket: str, recording: RecordingStorage) -> None:
+    uri, labels = f"{bucket}/clothes", f"{bucket}/labels.txt"
+    put(recording, FOLDER, uri)
+    recording.write(labels, "\n".join("abcdefghij").encode())
+    digests = {open_checkpoint(recording, uri, labels=labels).digest}
+    for name in ("config.json", "model.safetensors", "../labels.txt"):
+        changed = f"{uri}/{name}" if name != "../labels.txt" else labels
+        recording.opened.clear()
+        cached = open_checkpoint(recording, uri, labels=labels)
+        assert cached.digest in digests
+        assert recording.opened == set()
+        content = recording.read(changed)
+        recording.write(changed, content[:-1] + b"x" if changed == labels else content + b" ")
+        if name == "model.safetensors":  # damages the file
+            assert f"{changed}: " in checkpoint_error(recording, uri, labels)
+            recording.write(changed, content)
+        else:
+            digests.add(open_checkpoint(recording, uri, labels=labels).digest)
+            assert changed in recording.opened
+    assert len(digests) == 2  # a space in config.json changes nothing
+
+
 def test_sharded_weights_in_a_bucket_load(bucket: str, storage: Storage, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(FOLDER, tmp_path / "clothes"))
     weights = load_file(folder / "model.safetensors")
