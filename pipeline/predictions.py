@@ -195,6 +195,7 @@ class Footer:
     unmatched_targets: int
     statistics: bytes
     damage: str = ""
+    runtime: str = "torch"  # files of versions that had no other default lack this field
 
 
 #: Fields of type str or int, in the order of the footer.

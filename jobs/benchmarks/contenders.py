@@ -116,7 +116,7 @@ def engine_alone(task: Task, seconds: float = 10.0) -> None:
     cluster = ClusterCapacity(cpus=task.cores, gpus=1 if task.device == "cuda" else 0, node_cpus=task.cores)
     resources = choose_resources(job.resource_request, cluster)
     classify = job.config.classify
-    engine = warm_engine(job.checkpoint, job.config.model.precision, classify.runtime, resources)
+    engine = warm_engine(job.checkpoint, job.config.model.precision, resources)
     image_count = max(resources.chunk_images, 4 * resources.batch_size)
     images = load_images(task.tars, job.checkpoint.preprocessor, image_count)
     pixels = np.resize(images, (image_count, *images.shape[1:]))  # repeats them

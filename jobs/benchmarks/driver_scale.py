@@ -150,6 +150,7 @@ def measure_driver(settings: Row, report: Report) -> None:
     )
     resources = Resources(
         device="cpu",
+        runtime="torch",
         chunk_images=images,
         batch_size=64,
         read_memory=1,

@@ -179,7 +179,7 @@ class PredictionWriter:
                 for column in ("target_id", *map(carried_column, self.options.carry)):
                     if predictions[column].null_count < len(predictions):
                         self.filled.add(column)
-                if written := self._write(shard, predictions, found.count, last.damage):
+                if written := self._write(shard, predictions, found.count, last):
                     row, size = written
                     causes.add(shard.uri, predictions)
                     unmatched = found
@@ -190,7 +190,7 @@ class PredictionWriter:
         return CommittedShard(row, timer.collect(row.rows or 0, size), causes, unmatched)
 
     def _write(
-        self, shard: Shard, predictions: pa.Table, unmatched: int, damage: str | None
+        self, shard: Shard, predictions: pa.Table, unmatched: int, last: Chunk
     ) -> tuple[ManifestRow, int] | None:
         """Writes the rows of a shard; returns the manifest row of the file, and the size in bytes.
 
@@ -213,7 +213,8 @@ class PredictionWriter:
             statistics=serialize_table(
                 ClassStatistics.from_predictions(predictions, len(self.options.labels)).to_partial()
             ),
-            damage=remove_secrets(damage or ""),
+            damage=remove_secrets(last.damage or ""),
+            runtime=last.runtime,
         )
         self._log_errors(shard, predictions)
         output = f"predictions/{prediction_path(shard.uri)}"

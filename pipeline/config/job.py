@@ -132,7 +132,8 @@ class Config(Section):
     """The configuration of a labeling job.
 
     Loading resolves `auto` in `model.precision` and `decode.device`. The cluster resolves
-    `classify.device: auto`, and each file extension resolves `input.format: auto`.
+    `classify.device: auto`, the stored labels and the cluster `classify.runtime: auto`, and each file
+    extension `input.format: auto`.
     """
 
     input: InputConfig

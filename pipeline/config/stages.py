@@ -88,9 +88,10 @@ class ClassifyConfig(Section):
 
     device: Device = "auto"
     """Device of the model. `auto`: `cuda` if the cluster has a GPU, else `cpu`."""
-    runtime: Runtime = "torch"
+    runtime: Literal["auto", Runtime] = "auto"
     """What runs the model: PyTorch (`torch`), compiled PyTorch (`compile`), or OpenVINO on CPUs (`openvino`,
-    needs `cvt-label[openvino]`).
+    needs `cvt-label[openvino]` on all nodes). `auto`: the runtime of the stored labels; without labels,
+    `openvino` on CPUs if it is installed, else `torch`.
     """
     num_gpus: PositiveFloat | None = None
     """GPUs of each actor. Null: 1 on a GPU, 0 on a CPU."""

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from cvt.runtimes import OPENVINO_MISSING, fastest_runtime, openvino_is_installed
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
 
 #: Target multiply-accumulate operations of a chunk, by device.
@@ -32,6 +33,7 @@ class Resources:
     """
 
     device: str
+    runtime: str
     chunk_images: int
     batch_size: int
     read_memory: int
@@ -68,6 +70,7 @@ class ResourceRequest:
     Attributes:
         size: height and width of the model's images in pixels.
         macs: multiply-accumulate operations for one image.
+        labeled_by: the runtime that labeled the partition; None without labels.
     """
 
     read: ReadConfig
@@ -75,19 +78,23 @@ class ResourceRequest:
     classify: ClassifyConfig
     size: int
     macs: int
+    precision: str = "fp32"
+    labeled_by: str | None = None
 
 
 def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Resources:
     """Chooses the resources that the configuration does not set.
 
     Raises:
-        ConfigError: the actors do not fit on the cluster, and `max_actors` is not set for a growing cluster.
+        ConfigError: the actors do not fit on the cluster, and `max_actors` is not set for a growing cluster;
+            or the runtime of the partition is not installed.
     """
     classify, read, decode, size = request.classify, request.read, request.decode, request.size
     readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
     on_gpu = classify.device == "cuda" or (
         cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # for CPUs
     )
+    device = "cuda" if on_gpu else "cpu"
     has_decode_tasks = decode.device == "cpu"
     decode_cpus = (decode.num_cpus or max(0.25, min(1.0, cluster.node_cpus / 4))) if has_decode_tasks else 0.0
     cpus_left = cluster.cpus - decode_cpus - readers * read.num_cpus
@@ -114,7 +121,8 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     decoder_cpus = cpus_left + decode_cpus - min(max_actors, fitting_actors) * actor_cpus
     max_memory = cluster.node_memory / 4  # so that a task of each stage fits on every node
     return Resources(
-        device="cuda" if on_gpu else "cpu",
+        device=device,
+        runtime=_choose_runtime(request, device),
         chunk_images=chunk_images,
         batch_size=classify.batch_size or _power_of_two(_BATCH_MACS // request.macs, _MIN_BATCH, _MAX_BATCH),
         # A chunk as samples, as a table and as a block of Ray, and the prefetched ranges.
@@ -130,6 +138,21 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         max_actors=max_actors,
         threads=threads,
     )
+
+
+def _choose_runtime(request: ResourceRequest, device: str) -> str:
+    """Returns the configured runtime; for "auto", the one that labeled the partition, else the fastest."""
+    if request.classify.runtime != "auto":
+        return request.classify.runtime
+    runtime = request.labeled_by or fastest_runtime(device, request.precision)
+    if runtime == "openvino" and device == "cuda":
+        return "torch"
+    if runtime == "openvino" and not openvino_is_installed():
+        raise ConfigError(
+            f"classify.runtime: openvino made the stored labels, but {OPENVINO_MISSING}; or set "
+            "classify.runtime: torch, whose scores differ by rounding"
+        )
+    return runtime
 
 
 def _chunk_images(macs: int, size: int, on_gpu: bool) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.classify import Thumbnails, classify
-from pipeline.config import ClassifyConfig, DecodeConfig, ReportConfig
+from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReportConfig
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
 from pipeline.decode import CHUNK_TIMEOUTS, DecodeOptions
@@ -103,7 +104,7 @@ class Classifier:
             self._decoder = GpuDecoder(
                 self.decode_options, resources.device, threads=threads, cpu_share=share
             )
-        self._engine = warm_engine(stages.checkpoint, stages.precision, stages.classify.runtime, resources)
+        self._engine = warm_engine(stages.checkpoint, stages.precision, resources)
         gallery, side = stages.report.gallery, stages.report.thumbnail_side
         self._thumbnails = Thumbnails(gallery, side) if gallery else None
         self._gpu_meter = GpuMeter() if resources.device == "cuda" else None
@@ -121,7 +122,9 @@ class Classifier:
         metrics = self._timer.collect(decoded.samples["error"].null_count, classified.samples.nbytes)
         if self._gpu_meter is not None:
             metrics += self._gpu_meter.collect()
-        return replace(classified, metrics={**decoded.metrics, CLASSIFY: metrics})
+        return replace(
+            classified, runtime=self._engine.runtime, metrics={**decoded.metrics, CLASSIFY: metrics}
+        )
 
 
 @contextmanager
@@ -136,18 +139,24 @@ def call_after(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def warm_engine(checkpoint: Checkpoint, precision: str, runtime: str, resources: Resources) -> Engine:
-    """Returns the warmed-up engine of a classifier."""
+def warm_engine(checkpoint: Checkpoint, precision: str, resources: Resources) -> Engine:
+    """Returns the warmed-up engine of a classifier; raises `ConfigError` if openvino fails here."""
     from cvt.inference.engine import Engine  # imports torch, which readers and decoders do not need
 
-    engine = Engine(
-        checkpoint.model,
-        checkpoint.preprocessor,
-        device=resources.device,
-        precision=precision,
-        runtime=runtime,
-        batch_size=resources.batch_size,
-        threads=resources.threads,
-    )
+    try:
+        engine = Engine(
+            checkpoint.model,
+            checkpoint.preprocessor,
+            device=resources.device,
+            precision=precision,
+            runtime=resources.runtime,
+            batch_size=resources.batch_size,
+            threads=resources.threads,
+        )
+    except (ImportError, ValueError) as error:
+        if resources.runtime != "openvino":
+            raise
+        remedy = "every node needs it, or set classify.runtime: torch"
+        raise ConfigError(f"classify.runtime: on the node {platform.node()}: {error}; {remedy}") from error
     engine.warm_up()
     return engine

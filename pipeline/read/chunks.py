@@ -54,6 +54,7 @@ class Chunk:
         damage: Why a shard is labeled only up to here; only in the last chunk of the shard.
         merged: Number of further images of the samples, which are not labeled.
         retries: Number of retried storage failures while the chunk was read, by kind.
+        runtime: Runtime that classified the images; empty before.
         metrics: By stage.
     """
 
@@ -69,6 +70,7 @@ class Chunk:
     merged: int = 0
     encoded_bytes: int = 0
     retries: Mapping[str, int] = field(default_factory=dict)
+    runtime: str = ""
     metrics: Mapping[str, StageMetrics] = field(default_factory=dict)
 
     def to_block(self) -> pa.Table:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cvt.architecture import count_macs
-from cvt.runtimes import OPENVINO_MISSING
+from cvt.runtimes import OPENVINO_MISSING, openvino_is_installed
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.commit import Partition
 from pipeline.config import NO_TORCHVISION, Config, ConfigError, InputConfig, make_storage
@@ -26,7 +26,8 @@ class Job:
     """A labeling job: built once from its configuration, and passed to each step.
 
     The fingerprint is a hash over everything that determines a label, in hexadecimal. `input` is the section
-    of the configuration with the content of its files.
+    of the configuration with the content of its files. `labeled_by` is the runtime of the stored labels, if
+    `classify.runtime: auto` needs it.
     """
 
     config: Config
@@ -35,6 +36,7 @@ class Job:
     fingerprint: str
     partition: Partition
     input: InputConfig
+    labeled_by: str | None = None
 
     @property
     def topk(self) -> int:
@@ -46,7 +48,10 @@ class Job:
         """The resources that the job requests from an executor."""
         config, checkpoint, size = self.config, self.checkpoint, self.checkpoint.preprocessor.size
         macs = count_macs(checkpoint.architecture, len(checkpoint.labels), size)
-        return ResourceRequest(config.read, config.decode, config.classify, size, macs)
+        precision = config.model.precision
+        return ResourceRequest(
+            config.read, config.decode, config.classify, size, macs, precision, self.labeled_by
+        )
 
     @property
     def stages(self) -> Stages:
@@ -106,7 +111,7 @@ def _check_carried_columns(carry: Iterable[str]) -> None:
 
 def check_installed(config: Config) -> None:
     """Raises `ConfigError` if a package is missing here, and so on the workers."""
-    if config.classify.runtime == "openvino" and importlib.util.find_spec("openvino") is None:
+    if config.classify.runtime == "openvino" and not openvino_is_installed():
         raise ConfigError(f"classify.runtime: {OPENVINO_MISSING}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(f"decode.device: decoding on a GPU needs torchvision: {NO_TORCHVISION}")

@@ -74,7 +74,7 @@ def label(
         with run_record(job, run, start, selection) as record:
             record.record_time("model_loaded", loaded)
             prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
-            plan = prepared.plan
+            job, plan = prepared.job, prepared.plan
             record.record_time("planned")
             on_plan(prepared)
             if plan.shards:

@@ -4,9 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
-from pipeline.commit import ManifestRow, Repairs, find_repairs, was_clean_shutdown
+from pipeline.commit import ManifestRow, Partition, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
+from pipeline.predictions import read_footer
 from pipeline.read import (
     Shard,
     ShardListing,
@@ -270,4 +272,16 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     copied, shifted = find_copied_rows(partition, shards, gaining, entries, losing, read_options, with_errors)
     planned.replaced |= shifted
     planned.copied = {} if selection.relabel else copied
+    if planned.shards and job.config.classify.runtime == "auto":
+        job = replace(job, labeled_by=_stored_runtime(partition, entries))
     return PreparedRun(job, planned, repairs, clean_shutdown)
+
+
+def _stored_runtime(partition: Partition, entries: Mapping[str, ManifestRow]) -> str | None:
+    """Returns the runtime that labeled the first shard of a partition; None without labels."""
+    for row in entries.values():
+        if row.output is not None:
+            uri = f"{partition.uri}/{row.output}"
+            footer = partition.storage.read_latest(uri, partial(read_footer, uri))
+            return None if footer is None else footer.content.runtime
+    return None

@@ -148,7 +148,7 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
     run.record.set(resources=asdict(resources))
     run.record.record_time("executor_ready")
     run.on_phase(Phase.STARTING_STAGES)
-    logger.info("the batch size of the model is %d", resources.batch_size)
+    logger.info("the model runs with %s, %d images at once", resources.runtime, resources.batch_size)
     metrics = executor.metrics(
         str(job.config.input.inputs), job.partition.model, len(plan.shards), resources.batch_size
     )
