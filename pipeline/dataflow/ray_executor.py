@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,9 +15,10 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.exceptions import ActorDiedError
 
 from pipeline.attempts import Attempt, Attempts
-from pipeline.config import RayConfig
+from pipeline.config import ConfigError, RayConfig
 from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Classifier, ReadStep, Stages, call_after
@@ -253,6 +255,10 @@ class RayExecutor:
                     if chunk.error is not None and not chunk.error.startswith(uri):  # the workers died
                         chunk = replace(chunk, error=f"{uri}: {chunk.error}")
                     yield chunk
+        except ActorDiedError as error:  # has only the text of the exception in a classifier
+            if found := re.search(rf"^\S+\.{ConfigError.__name__}: (.+)$", str(error), re.MULTILINE):
+                raise ConfigError(found[1]) from error
+            raise
         finally:
             limit.close()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import ray
 from ray.data import DataContext
 
 from pipeline.attempts import Attempt, Attempts
-from pipeline.config import Config, RayConfig, load_config
+from pipeline.config import ClassifyConfig, Config, DecodeConfig, RayConfig, ReadConfig, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.ray_executor import (
     MAX_READ_TASKS,
@@ -52,6 +53,36 @@ def test_one_task_of_each_stage_fits_on_a_single_machine(cpus: int) -> None:
     assert resources.max_actors >= 1
     assert others + resources.max_actors * resources.classify_cpus <= cpus
     assert resources.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "labeled_by", "runtime"),
+    [
+        (0, "fp32", None, "openvino"),
+        (0, "bf16", None, "openvino"),
+        (0, "fp16", None, "torch"),  # which OpenVINO lacks
+        (0, "fp32", "torch", "torch"),
+        (0, "fp32", "compile", "compile"),
+        (1, "fp32", None, "torch"),
+        (1, "fp32", "openvino", "torch"),  # a GPU is faster than the CPUs that labeled before
+        (1, "fp32", "compile", "compile"),
+    ],
+)
+def test_auto_runtime_depends_on_device_precision_and_stored_labels(
+    gpus: int, precision: str, labeled_by: str | None, runtime: str
+) -> None:
+    pytest.importorskip("openvino")
+    request = ResourceRequest(
+        ReadConfig(), DecodeConfig(), ClassifyConfig(), 224, CVT_13, precision, labeled_by
+    )
+    assert choose_resources(request, ClusterCapacity(4, gpus, 4)).runtime == runtime
+
+
+def test_configured_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    classify = ClassifyConfig(runtime="torch")
+    request = ResourceRequest(ReadConfig(), DecodeConfig(), classify, 224, CVT_13, "fp32", "openvino")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert choose_resources(request, ClusterCapacity(4, 0, 4)).runtime == "torch"
 
 
 def test_single_classifier_uses_all_threads_of_a_small_machine() -> None:

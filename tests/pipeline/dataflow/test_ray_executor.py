@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,10 +16,10 @@ import pytest
 from PIL import Image
 
 from cvt.preprocessing import Preprocessor
-from pipeline.config import RayConfig, load_job_config
+from pipeline.config import ConfigError, RayConfig, load_job_config
 from pipeline.dataflow import ClusterError, Resources, Stages
 from pipeline.dataflow.ray_cluster import wait_for_worker
-from pipeline.dataflow.stages import ReadStep
+from pipeline.dataflow.stages import Classifier, ReadStep
 from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, Shard
 from pipeline.run import make_job
@@ -98,6 +99,34 @@ def test_deadly_images_and_shards_cost_only_themselves(tmp_path: Path) -> None:
     assert failed[0].transient
     deleted = {chunk.error for chunk in chunks if chunk.shard == 2 and chunk.error is not None}
     assert deleted == {f"{shards[2].uri}: no such file or folder"}
+
+
+class StagesWithoutOpenVino(Stages):
+    """Stages on workers where openvino is not installed."""
+
+    def make_classifier(self, resources: Resources) -> Classifier:
+        sys.modules["openvino"] = None  # type: ignore[assignment]
+        return super().make_classifier(resources)
+
+
+def test_workers_without_openvino_are_an_error_with_the_remedy(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from pipeline.dataflow.ray_executor import RayExecutor
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.tar").write_bytes(make_tar(make_samples(2, labels=False)))
+    settings = [f"input.uri={tmp_path}/in", f"output.uri={tmp_path}/out", "model.path=fashion-mnist"]
+    job = make_job(load_job_config(None, settings))
+    stages = StagesWithoutOpenVino(
+        **{field.name: getattr(job.stages, field.name) for field in fields(Stages)}
+    )
+    executor, shards = RayExecutor(RayConfig()), list(list_shards(Storage(), f"{tmp_path}/in"))
+    resources = executor.resources(job.resource_request)
+    message = (
+        r"^classify\.runtime: on the node .* openvino is not installed: .* or set classify\.runtime: torch$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        list(executor.label(shards, stages, resources))
 
 
 def test_worker_that_does_not_start_is_reported_with_the_cause_from_the_logs() -> None:
