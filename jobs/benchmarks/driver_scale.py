@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,11 @@ def read_synthetic(images: int, shards: Iterable[tuple[int, Shard]]) -> Iterator
             yield synthetic_chunk(number, start, images, total if start + images == total else None)
 
 
+class _Outputs(NamedTuple):
+    logits: np.ndarray
+    embeddings: np.ndarray
+
+
 class NullClassifier:
     """Takes the place of `Classifier`: returns stored results after the time that a model would take."""
 
@@ -97,11 +102,9 @@ class NullClassifier:
 
 
 def random_outputs(pixels: np.ndarray) -> Any:
-    """Returns logits for images, as an engine does."""
-    from cvt.inference.network import EngineOutput
-
+    """Returns logits for images, as an engine does, but without importing PyTorch into each process."""
     logits = np.random.default_rng(0).normal(0, 3, (len(pixels), CLASSES)).astype(np.float32)
-    return EngineOutput(logits, np.zeros((len(pixels), 0), np.float32))
+    return _Outputs(logits, np.zeros((len(pixels), 0), np.float32))
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,8 @@ def _run_driver(
     expected = committer.totals.shards * CHUNKS_PER_SHARD * resources.chunk_images
     rows = ds.dataset(f"{partition.uri}/predictions").count_rows()
     labeled = len(partition.manifest.labeled(["uri"]))
+    if worked < resources.max_actors:
+        raise CheckError(f"{worked} of {resources.max_actors} processes with classifiers worked")
     if not (rows == done == expected and labeled == committer.totals.shards):
         raise CheckError(
             f"{labeled:,} shards are labeled with {rows:,} rows; {committer.totals.shards:,} were committed "
@@ -224,8 +229,7 @@ def _run_driver(
     return {
         "classifiers": settings["classifiers"],
         "processes": resources.max_actors,
-        "processes_that_worked": worked,
-        "decode_tasks": settings["decode_tasks"],
+        "stages": 3 if settings["decode_tasks"] else 2,
         "start_s": round(opened - started, 1),
         "seconds": round(end - start, 1),
         "chunks": end_chunks - start_chunks,

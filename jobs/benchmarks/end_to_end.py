@@ -9,7 +9,7 @@ import os
 import statistics
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -179,13 +179,18 @@ def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, c
     Raises:
         StorageError, NoShardsError: the images cannot be read, or no image can be decoded.
     """
+    images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
+    pack_images((data for data, _ in images), tars, count, cores)
+
+
+def pack_images(images: Iterator[bytes], tars: Path, count: int, cores: int) -> None:
+    """Packs the first `count` encoded images into tars, see `make_dataset`."""
     tars.mkdir()
     size = min(_SHARD_IMAGES, math.ceil(count / (_SHARDS_PER_CORE * cores)))
-    images = itertools.chain.from_iterable(read_images(uri, preprocessor) for _ in itertools.count())
     for shard, start in enumerate(range(0, count, size)):
         with tarfile.open(tars / f"{shard:05d}.tar", "w") as tar:
             for number in range(start, min(start + size, count)):
-                data, _ = next(images)
+                data = next(images)
                 member = tarfile.TarInfo(f"{number:09d}.{EXTENSION}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

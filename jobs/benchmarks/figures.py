@@ -79,7 +79,14 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 
 
 def print_results(context: typer.Context, output: Path | None, **tables: Sequence[Mapping[str, Any]]) -> None:
-    """Prints tables, and writes them to a JSON file with machine, versions and settings.
+    """Prints tables (`print_tables`), and writes them to a JSON file with machine and settings."""
+    print_tables(**tables)
+    if output is not None:
+        write_results(output, describe_machine(context), **tables)
+
+
+def print_tables(**tables: Sequence[Mapping[str, Any]]) -> None:
+    """Prints tables by title.
 
     The rows of a table have the same fields. A table shows a list of numbers as median, minimum and maximum,
     and omits fields that are empty in all rows.
@@ -89,10 +96,19 @@ def print_results(context: typer.Context, output: Path | None, **tables: Sequenc
         first, *others = (field.replace("_", " ") for field in fields)
         cells = [[_cell(row[field]) for field in fields] for row in rows]
         print_table(title.replace("_", " "), [first], others, cells)
-    if output is not None:
-        versions = {name: installed_version(name) for name in _PACKAGES}
-        header = {"machine": get_env_info()._asdict(), "versions": versions, "settings": context.params}
-        output.write_text(json.dumps(header | tables, indent=2, default=str) + "\n")
+
+
+def describe_machine(context: typer.Context) -> dict[str, Any]:
+    """Returns machine, versions and settings of a benchmark; takes seconds."""
+    versions = {name: installed_version(name) for name in _PACKAGES}
+    return {"machine": get_env_info()._asdict(), "versions": versions, "settings": context.params}
+
+
+def write_results(output: Path, header: Mapping[str, Any], **tables: Sequence[Mapping[str, Any]]) -> None:
+    """Writes tables and `describe_machine` to a JSON file, which it replaces at once."""
+    partial = output.with_name(f".{output.name}.part")
+    partial.write_text(json.dumps({**header, **tables}, indent=2, default=str) + "\n")
+    partial.replace(output)
 
 
 def _cell(value: Any) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,13 +72,19 @@ def run_section(
         file.write_text(json.dumps(settings))
         start, reason = time.monotonic(), None
         command = [sys.executable, "-m", module, section, str(file), str(result)]
-        try:
-            with output.open("wb") as stream:
-                status = subprocess.run(
-                    command, stdout=stream, stderr=stream, env=section_environment(), timeout=timeout
-                ).returncode
-        except subprocess.TimeoutExpired:
-            status, reason = 0, f"stopped after {timeout:,.0f} s"
+        status = 0
+        with output.open("wb") as stream:
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, env=section_environment(), start_new_session=True
+            )
+            try:
+                status = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                reason = f"stopped after {timeout:,.0f} s"
+            finally:  # also after Ctrl-C: the section and the processes that it has started
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         seconds = round(time.monotonic() - start, 1)
         try:
             found = json.loads(result.read_text())

@@ -20,9 +20,9 @@ def test_simulated_classifiers_label_every_image_on_gpus_of_ray(tmp_path: Path) 
     options = ["--classifiers", 2, "--chunk-images", 16, "--seconds", 2, "--shards", "none"]
     done = invoke(scale, *options, "--output", figures)
     rows = json.loads(figures.read_text())["driver"]
-    assert [row["decode_tasks"] for row in rows] == [False, True]
+    assert [row["stages"] for row in rows] == [2, 3]
     for row in rows:
-        assert row["processes_that_worked"] == row["classifiers"] == 2
+        assert row["processes"] == row["classifiers"] == 2
         assert row["images_checked"] >= row["chunks"] * 16 > 0
         assert row["driver_cpu_ms_per_chunk"] > 0
     assert "driver cpu ms per chunk" in done.stdout
