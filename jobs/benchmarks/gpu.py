@@ -43,7 +43,7 @@ SECTIONS = {
     "memory": _Plan(60, "check: a full GPU loses no image"),
     "streams": _Plan(60, "check: concurrent calls give the same bits"),
     "pipeline": _Plan(120, "whole jobs without Ray, by decoder and precision"),
-    "graphs": _Plan(150, "check: CUDA graphs; rates of the compiled engine by precision"),
+    "graphs": _Plan(180, "check: CUDA graphs; rates of the compiled engine by precision"),
     "ray": _Plan(120, "whole jobs on Ray, by decoder"),
     "compiled": _Plan(150, "transformers compiled, by precision"),
 }

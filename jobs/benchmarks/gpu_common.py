@@ -67,16 +67,32 @@ def make_engine(
     except (ValueError, ImportError) as error:
         raise CannotRunError(str(error)) from error
     if is_warm:
-        engine.warm_up()
+        with compiler_required():
+            engine.warm_up()
     return engine
+
+
+@contextmanager
+def compiler_required() -> Iterator[None]:
+    """Raises `CannotRunError` if `torch.compile` finds no C compiler or no Triton."""
+    try:
+        yield
+    except Exception as error:
+        if "compiler" in str(error) or "Triton" in str(error):
+            raise CannotRunError(" ".join(str(error).split())[:300]) from error
+        raise
+
+
+def decode_options(settings: Row) -> DecodeOptions:
+    """Returns how images are decoded for the model that the settings name."""
+    return DecodeOptions(checkpoint_of(settings["model"], settings["size"]).preprocessor, MAX_PIXELS)
 
 
 def gpu_decoder(settings: Row, **options: Any) -> GpuDecoder:
     """Returns the GPU decoder; raises `CannotRunError` without a GPU or torchvision."""
     require_gpu(settings)
-    preprocessor = checkpoint_of(settings["model"], settings["size"]).preprocessor
     try:
-        return GpuDecoder(DecodeOptions(preprocessor, MAX_PIXELS), "cuda", **options)
+        return GpuDecoder(decode_options(settings), "cuda", **options)
     except (ImportError, ValueError) as error:
         raise CannotRunError(str(error)) from error
 
@@ -109,9 +125,11 @@ def check(condition: bool, message: str) -> None:
 def tensorfloat_32(allowed: bool) -> Iterator[None]:
     """Allows or forbids TensorFloat-32 in the block."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
-        yield
-    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+            yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def measure_classifier(

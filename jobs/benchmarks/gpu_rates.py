@@ -28,6 +28,8 @@ from jobs.benchmarks.gpu_common import (
     BY_IMPORTANCE,
     check,
     checkpoint_of,
+    compiler_required,
+    decode_options,
     gpu_decoder,
     make_engine,
     measure_classifier,
@@ -40,8 +42,8 @@ from jobs.benchmarks.gpu_common import (
 from jobs.benchmarks.model import matrix_rate
 from jobs.benchmarks.runs import ContenderResult, run_contender
 from jobs.benchmarks.sections import CannotRunError, Report, Row
-from jobs.reference import MAX_PIXELS, transformers_classifier
-from pipeline.decode import DecodeOptions, decode
+from jobs.reference import transformers_classifier
+from pipeline.decode import decode
 from pipeline.decode.cpu_share import balanced_share
 from pipeline.decode.gpu import nvjpeg
 from pipeline.run import installed_version
@@ -104,7 +106,7 @@ def _copy(source: torch.Tensor, target: torch.Tensor, on_gpu: bool) -> int:
 def measure_decoding(settings: Row, report: Report) -> None:
     """Measures both decoders, and both together with the share at which they finish at the same time."""
     images = read_tars(settings["tars"])
-    options = DecodeOptions(checkpoint_of(settings["model"], settings["size"]).preprocessor, MAX_PIXELS)
+    options = decode_options(settings)
     decoded = to_pixels([decode(data, options).pixels for data in images[:64]], options.preprocessor)
 
     def on_cpu(threads: int) -> list[float]:
@@ -218,7 +220,7 @@ def measure_compiled(settings: Row, report: Report) -> None:
     pixels = random_pixels(settings, 8 * settings["batch_size"])
     checkpoint = checkpoint_of(settings["model"], settings["size"])
     for precision in BY_IMPORTANCE:
-        with tensorfloat_32(False):
+        with tensorfloat_32(False), compiler_required():
             classifier = transformers_classifier(
                 checkpoint, settings["device"], precision, settings["batch_size"], compiled=True
             )
