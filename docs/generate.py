@@ -172,8 +172,9 @@ def _type_name(field: dict[str, Any], sections: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
-    is_text = field.get("items", {}).get("type") == "string"
-    names = {"object": "mapping", "array": "list of strings" if is_text else "list of lists"}
+    item = field.get("items", {})
+    items = "mappings" if "$ref" in item else f"{item.get('type', 'array').replace('array', 'list')}s"
+    names = {"object": "mapping", "array": f"list of {items}"}
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     shown = ", ".join(f"{sign} {field[name]:g}" for name, sign in limits.items() if name in field)
     name = names.get(field["type"], field["type"])

@@ -126,6 +126,11 @@ class Committer:
         """Number of shards with some but not all results."""
         return len(self._open)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks of all shards have arrived."""
+        return not self._unfinished
+
     def wait_for_writes(self) -> None:
         """Waits for the files of complete shards; raises `StorageError` if a file can't be written."""
         while self._writes:

@@ -158,19 +158,22 @@ class Config(Section):
         precision = resolve_precision(self.model.precision, device)
         if decoder == "auto":
             decoder = "gpu" if device == "cuda" else "cpu"
-        if decoder == "gpu" and device != "cuda":
-            raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {device!r}")
         if decoder == "gpu" and self.decode.quality == "fast":
             raise ValueError("decode.quality: 'fast' needs decode.device 'cpu'")
         if decoder == "cpu" and self.decode.cpu_share:
             raise ValueError(f"decode.cpu_share: {self.decode.cpu_share:g} needs decode.device 'gpu'")
-        runtime, precisions = self.classify.runtime, supported_precisions(self.classify.runtime)
-        if runtime == "openvino" and device == "cuda":
-            raise ValueError("classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'")
-        if precision not in precisions:
-            allowed = " or ".join(precisions)
-            message = f"{runtime!r} supports {allowed}, but model.precision is {precision!r}"
-            raise ValueError(f"classify.runtime: {message}")
+        for pool in self.classify.each_pool:
+            if decoder == "gpu" and pool.device != "cuda":
+                raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {pool.device!r}")
+            runtime, precisions = pool.runtime, supported_precisions(pool.runtime)
+            if runtime == "openvino" and pool.device == "cuda":
+                raise ValueError(
+                    "classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'"
+                )
+            if precision not in precisions:
+                allowed = " or ".join(precisions)
+                message = f"{runtime!r} supports {allowed}, but model.precision is {precision!r}"
+                raise ValueError(f"classify.runtime: {message}")
         # The sections are frozen, so this cannot assign to their fields.
         object.__setattr__(self, "model", self.model.model_copy(update={"precision": precision}))
         object.__setattr__(self, "decode", self.decode.model_copy(update={"device": decoder}))

@@ -1,6 +1,6 @@
 """The configuration of the stages (read, decode, classify) and of the Ray cluster that runs them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -83,6 +83,30 @@ class DecodeConfig(Section):
     """
 
 
+#: Labels of the Ray nodes to use: a value, `!value`, `in(a, b)` or `!in(a, b)` by name.
+LabelSelector = dict[str, Annotated[str, Field(pattern=r"^!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)$")]]
+
+
+#: A field of a pool.
+_OF_SECTION: Any = Field(default=None, description="Null: the value of the same field of `classify`.")
+
+
+class PoolConfig(Section):
+    """A pool of classifiers."""
+
+    gpu: str | None = Field(default=None, examples=["L4"])
+    """Type of the GPUs, in Ray's node label `ray.io/accelerator-type`; sets `device` to `cuda`. Null: any."""
+    device: Device | None = _OF_SECTION
+    runtime: Literal["auto", Runtime] | None = _OF_SECTION
+    num_gpus: PositiveFloat | None = _OF_SECTION
+    num_cpus: PositiveFloat | None = _OF_SECTION
+    min_actors: PositiveInt | None = _OF_SECTION
+    max_actors: PositiveInt | None = _OF_SECTION
+    batch_size: PositiveInt | None = _OF_SECTION
+    threads: PositiveInt | None = _OF_SECTION
+    label_selector: LabelSelector | None = _OF_SECTION
+
+
 class ClassifyConfig(Section):
     """Classifier actors. Null values are chosen from the resources of the cluster."""
 
@@ -101,7 +125,7 @@ class ClassifyConfig(Section):
     """Minimum number of actors."""
     max_actors: PositiveInt | None = None
     """Maximum number of actors. Null: as many as fit into the cluster when the job starts. Set this field if
-    the cluster scales up during the job.
+    the cluster scales up during the job. A job starts with as many actors as fit into the cluster.
     """
     batch_size: PositiveInt | None = None
     """Images in a batch of the model. Null: from the model's size, 64 to 256; 64 for CvT-13 at 224 pixels."""
@@ -113,11 +137,31 @@ class ClassifyConfig(Section):
     """Maximum time for classifying a chunk, in seconds. An actor that takes longer ends, and its chunk is
     retried, up to `ray.task_retries` times. Without Ray, the run ends with an error.
     """
+    label_selector: LabelSelector = Field(default={}, examples=[{"market-type": "!spot"}])
+    """Labels of the nodes of the actors, in addition to `ray.label_selector`."""
+    pools: list[PoolConfig] = Field(default=[], examples=[[{"gpu": "L4"}, {"device": "cpu"}]])
+    """Pools of different actors, the fastest one first. The fields of a pool replace those of this section.
+    Empty: one pool. Not used in process.
+    """
+
+    @property
+    def each_pool(self) -> list["ClassifyConfig"]:
+        """The section of each pool."""
+        sections = []
+        for pool in self.pools or [PoolConfig()]:
+            update = pool.model_dump(exclude_none=True, exclude={"gpu"})
+            if pool.gpu is not None:
+                labels = update.get("label_selector", self.label_selector)
+                labels = {"ray.io/accelerator-type": pool.gpu} | labels
+                update |= {"device": "cuda", "label_selector": labels}
+            sections.append(self.model_copy(update=update | {"pools": []}))
+        return sections
 
     @model_validator(mode="after")
     def _check_actor_limits(self) -> Self:
-        if self.max_actors is not None and self.max_actors < self.min_actors:
-            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
+        for pool in self.each_pool:
+            if pool.max_actors is not None and pool.max_actors < pool.min_actors:
+                raise ValueError(f"max_actors {pool.max_actors} is below min_actors {pool.min_actors}")
         return self
 
 
@@ -128,6 +172,11 @@ class RayConfig(Section):
     """Address of the cluster: `host:port`, `ray://host:port`, `auto`, or `local` to start Ray on this
     machine. `in-process`: run all stages in threads of this process, without Ray. Null: the cluster in
     `RAY_ADDRESS`, which Ray sets for submitted jobs, else a local Ray.
+    """
+    label_selector: LabelSelector = Field(default={}, examples=[{"ray-subcluster": "labeling"}])
+    """Labels of the nodes that run the stages, by name: `value`, `!value`, `in(a, b)` or `!in(a, b)`. Nodes
+    get labels from `ray start --labels`, and some from Ray, such as `ray.io/accelerator-type`. Empty: all
+    nodes.
     """
     no_progress_timeout_s: PositiveFloat = 900
     """Seconds without any finished task after which the run ends with an error. At least `ray.task_retries` +

@@ -39,7 +39,7 @@ class LocalExecutor:
             raise ConfigError(
                 "classify.device: 'cuda', but PyTorch finds no GPU on this machine; set 'auto' or 'cpu'"
             )
-        classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1})
+        classify = request.classify.model_copy(update={"min_actors": 1, "max_actors": 1, "pools": []})
         return choose_resources(replace(request, classify=classify), ClusterCapacity(cpus, gpus, cpus))
 
     def label(

@@ -4,23 +4,25 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import zip_longest
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.exceptions import ActorDiedError
 
 from pipeline.attempts import Attempt, Attempts
 from pipeline.config import ConfigError, RayConfig
 from pipeline.dataflow.metrics import RunMetrics
-from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
+from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_pools, matches
+from pipeline.dataflow.shard_queue import ShardQueue
 from pipeline.dataflow.stages import Classifier, ReadStep, Stages, call_after
 from pipeline.decode import DecodeOptions, decode_chunk, hide_pillow_warnings
 from pipeline.decode.isolated import decode_in_child, decode_or_die
@@ -31,12 +33,20 @@ logger = logging.getLogger("cvt_label")
 #: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
 
+#: Seconds after which a read task of a pool that must wait asks for shards again.
+_TAKE_INTERVAL_S = 0.5
+
+
+def _on_this_node() -> dict[str, Any]:
+    """Returns options of an actor on the driver's node, so that the loss of another node keeps its state."""
+    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+
 
 class AttemptLimit:
     """Limits the attempts at a piece of work that kills its workers; needs a connection to Ray."""
 
     def __init__(self, max_attempts: int) -> None:
-        remote = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        remote = ray.remote(**_on_this_node(), max_restarts=-1, max_task_retries=-1)
         self._attempts: Any = remote(Attempts).remote(max_attempts)
 
     def close(self) -> None:
@@ -69,13 +79,19 @@ class ShardSource(Datasource):
         step: ray.ObjectRef[ReadStep],  # with 22,000 class names, a step is too large for each task
         limit: AttemptLimit,
         shards_per_task: int = 1,
+        take: Callable[[int, int], ray.ObjectRef[Any]] | None = None,
     ) -> None:
-        """Creates the source; with `shards_per_task`, a task reads a chunk of each of its shards in turn."""
+        """Creates the source; with `shards_per_task`, a task reads a chunk of each of its shards in turn.
+
+        With `take`, each task reads other shards instead of its own: those of `ShardQueue.take`.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._shards_per_task = max(shards_per_task, math.ceil(len(plan) / MAX_READ_TASKS))
         read = _read_shards if shards_per_task == 1 else _read_shards_in_turn
         self._read = partial(read, step=step, limit=limit)
+        if take is not None:
+            self._read = partial(_read_taken, take=take, read=self._read)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Returns None: the size is unknown before reading."""
@@ -100,6 +116,17 @@ class ShardSource(Datasource):
     def tasks(self) -> int:
         """Number of read tasks."""
         return math.ceil(len(self._plan) / self._shards_per_task)
+
+
+def _read_taken(
+    own: Sequence[tuple[int, Shard]],
+    take: Callable[[int, int], ray.ObjectRef[Any]],
+    read: Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]],
+) -> Iterator[pa.Table]:
+    """Reads the shards that the queue gives to this task, which the first of its own shards identifies."""
+    while (shards := ray.get(take(own[0][0], len(own)))) is None:
+        time.sleep(_TAKE_INTERVAL_S)
+    yield from read(shards)
 
 
 def _read_shards(
@@ -194,14 +221,19 @@ class RayExecutor:
 
     def resources(self, request: ResourceRequest) -> Resources:
         """Returns the resources of the stages on the current cluster."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        cluster = ClusterCapacity(
-            cpus=sum(node.get("CPU", 0.0) for node in nodes),
-            gpus=sum(node.get("GPU", 0.0) for node in nodes),
-            node_cpus=max(node.get("CPU", 0.0) for node in nodes),
-            node_memory=min(node.get("memory", math.inf) for node in nodes),
-        )
-        return choose_resources(request, cluster)
+        alive = [node for node in ray.nodes() if node["Alive"]]
+
+        def capacity(selector: Mapping[str, str]) -> ClusterCapacity:
+            labels = {**self._settings.label_selector, **selector}
+            nodes = [node["Resources"] for node in alive if matches(node["Labels"], labels)]
+            return ClusterCapacity(
+                cpus=sum(node.get("CPU", 0.0) for node in nodes),
+                gpus=sum(node.get("GPU", 0.0) for node in nodes),
+                node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+                node_memory=min((node.get("memory", math.inf) for node in nodes), default=math.inf),
+            )
+
+        return choose_pools(request, capacity)
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics:
         """Returns metrics for Prometheus, which Ray's agents export."""
@@ -214,46 +246,31 @@ class RayExecutor:
         settings = self._settings
         _set_context(settings, stages.max_attempt_seconds)
         limit = AttemptLimit(settings.task_retries + 1)
-        source = ShardSource(shards, ray.put(stages.make_read_step(resources)), limit)
-        chunks = ray.data.read_datasource(
-            source,
-            num_cpus=stages.read_options.read.num_cpus,
-            concurrency=resources.readers,
-            override_num_blocks=source.tasks,
-            memory=resources.read_memory,
-        )
-        if resources.decoders:
-            chunks = chunks.map_batches(
-                decode_block,
-                batch_size=None,
-                batch_format="pyarrow",
-                fn_args=(stages.decode_options, limit),
-                num_cpus=resources.decode_cpus,
-                memory=resources.decode_memory,
-            )
-        classified = chunks.map_batches(
-            _ClassifierActor,
-            # Put once, so that the weights cross the network once per node and not once per actor.
-            fn_constructor_args=(ray.put(stages), resources, limit),
-            batch_size=1,  # a chunk; with GPUs, Ray refuses None
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(
-                min_size=stages.classify.min_actors,
-                max_size=resources.max_actors,
-                max_tasks_in_flight_per_actor=2 * stages.classify.concurrent_chunks,
-                max_concurrent_calls_per_actor=stages.classify.concurrent_chunks,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=resources.classify_cpus,
-            num_gpus=resources.classify_gpus or None,
-        )
+        pools = list(zip(stages.classify.each_pool, (resources, *resources.helpers), strict=True))
+        queue: Any = None
+        if len(pools) > 1:
+            # A slow pool takes a shard per classifier in advance. The first pool never waits.
+            limits = [math.inf, *(pool.max_actors + 1 for pool in resources.helpers)]
+            queue = ray.remote(**_on_this_node())(ShardQueue).remote(shards, limits)
+        labeled = []
+        for number, (classify, pool) in enumerate(pools):
+            take = None if queue is None else partial(queue.take.remote, number)
+            if number:  # a pool that waits for shards keeps its actors
+                classify = classify.model_copy(update={"min_actors": pool.initial_actors})
+            source = ShardSource(shards, ray.put(stages.make_read_step(pool)), limit, take=take)
+            labeled.append(_label_source(source, replace(stages, classify=classify), pool, limit))
         # Prefetching would delay each result until the next one has arrived.
+        blocks = reduce(Dataset.union, labeled).iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
         try:
-            for block in classified.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for block in blocks:
                 for chunk in Chunk.from_block(block):
                     uri = shards[chunk.shard].uri
                     if chunk.error is not None and not chunk.error.startswith(uri):  # the workers died
                         chunk = replace(chunk, error=f"{uri}: {chunk.error}")
+                    if queue is not None and (chunk.total is not None or chunk.error is not None):
+                        queue.finish.remote(chunk.shard)
                     yield chunk
         except ActorDiedError as error:  # has only the text of the exception in a classifier
             if found := re.search(rf"^\S+\.{ConfigError.__name__}: (.+)$", str(error), re.MULTILINE):
@@ -261,6 +278,47 @@ class RayExecutor:
             raise
         finally:
             limit.close()
+            if queue is not None:
+                ray.kill(queue)
+
+
+def _label_source(source: ShardSource, stages: Stages, resources: Resources, limit: AttemptLimit) -> Dataset:
+    """Returns the labeled chunks of a source, by one pool of classifiers."""
+    chunks = ray.data.read_datasource(
+        source,
+        num_cpus=stages.read_options.read.num_cpus,
+        concurrency=resources.readers,
+        override_num_blocks=source.tasks,
+        memory=resources.read_memory,
+    )
+    if resources.decoders:
+        chunks = chunks.map_batches(
+            decode_block,
+            batch_size=None,
+            batch_format="pyarrow",
+            fn_args=(stages.decode_options, limit),
+            num_cpus=resources.decode_cpus,
+            memory=resources.decode_memory,
+        )
+    labeled: Dataset = chunks.map_batches(
+        _ClassifierActor,
+        # Put once, so that the weights cross the network once per node and not once per actor.
+        fn_constructor_args=(ray.put(stages), resources, limit),
+        batch_size=1,  # a chunk; with GPUs, Ray refuses None
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=stages.classify.min_actors,
+            max_size=resources.max_actors,
+            initial_size=resources.initial_actors,
+            max_tasks_in_flight_per_actor=2 * stages.classify.concurrent_chunks,
+            max_concurrent_calls_per_actor=stages.classify.concurrent_chunks,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=resources.classify_cpus,
+        num_gpus=resources.classify_gpus or None,
+        label_selector=stages.classify.label_selector or None,
+    )
+    return labeled
 
 
 def _set_context(settings: RayConfig, max_attempt_seconds: float) -> None:
@@ -274,6 +332,7 @@ def _set_context(settings: RayConfig, max_attempt_seconds: float) -> None:
     context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, all_attempts)
     # A machine that is removed while an actor starts there must not end the job.
     context.max_consecutive_actor_init_deaths = settings.actor_start_retries
+    context.execution_options.label_selector = settings.label_selector
     # The job shows its own progress.
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,7 +1,8 @@
 """Chooses the CPUs, GPUs and memory of each stage."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from cvt.runtimes import OPENVINO_MISSING, fastest_runtime, openvino_is_installed
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
@@ -29,7 +30,9 @@ class Resources:
         batch_size: number of images per call of the model.
         readers: number of concurrent read tasks.
         decoders: number of decode tasks that fit next to all other tasks; 0 if classifiers decode.
+        initial_actors: number of classifiers that start at once.
         threads: number of CPU threads of a classifier; None for PyTorch's default.
+        helpers: the resources of the other pools of classifiers.
     """
 
     device: str
@@ -43,8 +46,10 @@ class Resources:
     decoders: int
     classify_cpus: float
     classify_gpus: float
+    initial_actors: int
     max_actors: int
     threads: int | None
+    helpers: "tuple[Resources, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,46 @@ class ResourceRequest:
     labeled_by: str | None = None
 
 
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Returns whether a node with these labels satisfies a selector of Ray."""
+    for name, condition in selector.items():
+        values = condition.removeprefix("!").removeprefix("in(").removesuffix(")").replace(" ", "").split(",")
+        if (labels.get(name) in values) == condition.startswith("!"):
+            return False
+    return True
+
+
+def choose_pools(
+    request: ResourceRequest, capacity: Callable[[Mapping[str, str]], ClusterCapacity]
+) -> Resources:
+    """Chooses the resources of all pools of classifiers.
+
+    Args:
+        request: the request of the job.
+        capacity: returns the capacity of the nodes with given labels.
+
+    Raises:
+        ConfigError: see `choose_resources`.
+    """
+    pools, cpus = list[Resources](), capacity({}).cpus
+    for classify in request.classify.each_pool:
+        cluster, read = capacity(classify.label_selector), request.read
+        # Readers and decoders for a GPU run on all nodes.
+        cluster = replace(cluster, cpus=cpus if cluster.gpus else min(cpus, cluster.cpus))
+        is_helper = bool(pools) and classify.device == "cpu"
+        if is_helper:
+            read = read.model_copy(update={"concurrency": 1})  # one reader is faster than many CPUs
+        pool = choose_resources(replace(request, classify=classify, read=read), cluster)
+        if is_helper:  # half of the free CPUs, because the decoders of a GPU need many
+            actors = classify.max_actors or max(classify.min_actors, pool.max_actors // 2)
+            threads = classify.threads or math.ceil(pool.classify_cpus)
+            initial = min(actors, pool.initial_actors)
+            pool = replace(pool, initial_actors=initial, max_actors=actors, threads=threads)
+        cpus -= pool.initial_actors * pool.classify_cpus + pool.readers * read.num_cpus + pool.decode_cpus
+        pools.append(pool)
+    return replace(pools[0], helpers=tuple(pools[1:]))
+
+
 def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Resources:
     """Chooses the resources that the configuration does not set.
 
@@ -113,6 +158,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
             "if the cluster grows, set classify.max_actors"
         )
     max_actors = classify.max_actors or fitting_actors
+    initial_actors = min(max_actors, max(classify.min_actors, fitting_actors))
     threads = classify.threads
     if not on_gpu and threads is None:
         # A single classifier uses all CPUs of its machine: decoding needs few of them.
@@ -135,6 +181,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         decoders=max(1, math.floor(decoder_cpus / decode_cpus)) if has_decode_tasks else 0,
         classify_cpus=actor_cpus,
         classify_gpus=actor_gpus,
+        initial_actors=initial_actors,
         max_actors=max_actors,
         threads=threads,
     )

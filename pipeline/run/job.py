@@ -111,7 +111,8 @@ def _check_carried_columns(carry: Iterable[str]) -> None:
 
 def check_installed(config: Config) -> None:
     """Raises `ConfigError` if a package is missing here, and so on the workers."""
-    if config.classify.runtime == "openvino" and not openvino_is_installed():
+    runtimes = {pool.runtime for pool in config.classify.each_pool}
+    if "openvino" in runtimes and not openvino_is_installed():
         raise ConfigError(f"classify.runtime: {OPENVINO_MISSING}")
     if config.decode.device == "gpu" and importlib.util.find_spec("torchvision") is None:
         raise ConfigError(f"decode.device: decoding on a GPU needs torchvision: {NO_TORCHVISION}")

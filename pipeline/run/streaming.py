@@ -173,8 +173,8 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
                 first_images = committer.progress().images
             report_progress(chunk)
             run.lease.check()
-            if stop.requested and not committer.open_shards:
-                break
+            if committer.is_complete or (stop.requested and not committer.open_shards):
+                break  # does not wait for read tasks for which no shard is left
             if job.config.gate.abort and (broken := run.failures.certain_violations()):
                 _abort(run, broken)
                 break

@@ -107,7 +107,8 @@ def test_every_manifest_is_valid(document: Json) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("_schemas")
 @pytest.mark.parametrize(
-    "name", ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml"]
+    "name",
+    ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml", "protection.yaml"],
 )
 def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
     document = copy.deepcopy(MANIFESTS[name][0])
@@ -121,7 +122,8 @@ def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
             mapping[field] = mapping.pop(f"{field}s")
             checked += 1
     assert schema_errors(document) == []
-    assert checked > {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8}.get(name, 50)
+    few = {"access.yaml": 2, "config.yaml": 2, "podmonitor.yaml": 8, "protection.yaml": 14}
+    assert checked > few.get(name, 50)
 
 
 @pytest.mark.usefixtures("_schemas")
@@ -217,6 +219,22 @@ def test_head_waits_longer_than_a_stopped_job_needs(job: Config) -> None:
     assert head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2].endswith("ray stop")
 
 
+@pytest.mark.parametrize("group", CLUSTER["workerGroupSpecs"], ids=lambda group: group["groupName"])
+def test_worker_that_stops_announces_its_end_to_ray(group: Json) -> None:
+    from ray.scripts.scripts import cli
+
+    pod = group["template"]["spec"]
+    script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2]
+    drain, rest = script.split(" && ")
+    words = shlex.split(drain)
+    assert words[:2] == ["ray", "drain-node"]
+    options = cli.commands["drain-node"].make_context("drain-node", words[2:]).params
+    wait = re.fullmatch(r"sleep (\d+); ray stop", rest)
+    assert wait is not None
+    # Ray keeps the node until its deadline, and Kubernetes leaves time to stop Ray.
+    assert int(wait[1]) < options["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
+
+
 def test_versions_match_the_image() -> None:
     (ray,) = re.findall(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -258,6 +276,50 @@ def test_objects_named_by_the_manifests_exist() -> None:
     token = {each["name"]: each for each in CRON_POD["containers"][0]["env"]}["RAY_AUTH_TOKEN"]
     assert token["valueFrom"]["secretKeyRef"] == {"name": cluster, "key": "auth_token"}
     assert CLUSTER["authOptions"]["mode"] == "token"
+
+
+def test_network_policy_admits_ray_submitters_operator_and_prometheus() -> None:
+    network, head, worker = MANIFESTS["protection.yaml"]
+    ray, jobs, metrics = network["spec"]["ingress"]
+    assert network["spec"]["podSelector"] == ray["from"][0]["podSelector"]
+    submitters = jobs["from"][0]["podSelector"]["matchLabels"].items()
+    for template in (
+        CRON["jobTemplate"]["spec"]["template"],
+        MANIFESTS["rayjob.yaml"][0]["spec"]["submitterPodTemplate"],
+    ):
+        assert template["metadata"]["labels"].items() >= submitters
+    opened = [port["port"] for rule in (jobs, metrics) for port in rule["ports"]]
+    ports = {p["name"]: p["containerPort"] for p in pods()["rayjob.yaml head"]["containers"][0]["ports"]}
+    assert opened == [ports["dashboard"], ports["metrics"]]
+    assert [each["spec"]["maxUnavailable"] for each in (head, worker)] == [0, 1]
+
+
+def test_cluster_is_deleted_after_each_outcome() -> None:
+    rules = MANIFESTS["rayjob.yaml"][0]["spec"]["deletionStrategy"]["deletionRules"]
+    seconds = {
+        condition.get("jobStatus") or condition["jobDeploymentStatus"]: condition["ttlSeconds"]
+        for rule in rules
+        if rule["policy"] == "DeleteCluster"
+        for condition in [rule["condition"]]
+    }
+    assert set(seconds) == {"SUCCEEDED", "FAILED", "Failed"}
+    assert seconds["SUCCEEDED"] < seconds["FAILED"] == seconds["Failed"]
+
+
+@pytest.mark.usefixtures("_schemas")
+def test_documented_job_in_a_queue_is_valid() -> None:
+    found = re.search(
+        r"```yaml\n(metadata:\n  labels: {kueue.*?)```",
+        (ROOT / "docs/how-to/kubernetes.md").read_text(),
+        re.S,
+    )
+    assert found is not None
+    patch, job = yaml.safe_load(found[1]), copy.deepcopy(MANIFESTS["rayjob.yaml"][0])
+    job["metadata"] |= patch["metadata"]
+    cluster = job["spec"]["rayClusterSpec"] | patch["spec"].pop("rayClusterSpec")
+    job["spec"] |= patch["spec"] | {"rayClusterSpec": cluster}
+    del job["spec"]["deletionStrategy"], cluster["autoscalerOptions"]
+    assert schema_errors(job) == []
 
 
 def test_prometheus_scrapes_the_metrics_port_of_the_head() -> None:
@@ -342,8 +404,21 @@ def test_pods_have_no_keys_and_minimal_rights(name: str) -> None:
             is_secret = re.search("KEY|SECRET|TOKEN|PASSWORD", variable["name"])
             assert not (is_secret and "value" in variable), variable["name"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        for amounts in container["resources"].values():
+            assert amounts.keys() >= {"memory", "ephemeral-storage"}
     assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert pod.get("automountServiceAccountToken") is False or name.endswith("head")  # for the autoscaler
+
+
+def test_workers_have_another_cloud_role_than_the_head() -> None:
+    roles = {
+        account["metadata"]["name"]: account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
+        for account in MANIFESTS["access.yaml"]
+    }
+    assert {name: role.rpartition("/")[2] for name, role in roles.items()} == {name: name for name in roles}
+    for group in CLUSTER["workerGroupSpecs"]:
+        assert group["template"]["spec"]["serviceAccountName"] == "cvt-label-worker"
 
 
 # Against the resources that a job requests ---------------------------------------------------------
@@ -389,8 +464,9 @@ def test_resources_do_not_depend_on_the_cluster_size_at_start(job: Config) -> No
     smallest, largest = cluster_of("minReplicas"), cluster_of("maxReplicas")
     assert (smallest.cpus, smallest.gpus) == (0, 0)
     at_start, later = chosen(job, smallest), chosen(job, largest)
-    # The number of decoders is only reported: Ray starts as many as fit.
-    assert replace(at_start, decoders=later.decoders) == later
+    # The number of decoders is only reported: Ray starts as many as fit. Classifiers start with their nodes.
+    assert replace(at_start, decoders=later.decoders, initial_actors=4) == later
+    assert at_start.initial_actors == 1
 
 
 def test_stages_fit_into_the_largest_cluster(job: Config) -> None:

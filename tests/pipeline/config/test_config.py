@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from pipeline.config import (
+    ClassifyConfig,
     Config,
     ConfigError,
     InputConfig,
@@ -257,6 +258,35 @@ def test_override_of_unknown_field_is_rejected(tmp_path: Path) -> None:
 def test_max_actors_below_min_actors_is_rejected(tmp_path: Path) -> None:
     message = error_of(tmp_path, MINIMAL, "classify.min_actors=3", "classify.max_actors=2")
     assert "max_actors 2 is below min_actors 3" in message
+
+
+def test_pools_have_the_fields_of_their_section(tmp_path: Path) -> None:
+    text = MINIMAL + "classify:\n  device: cuda\n  max_actors: 4\n  label_selector: {zone: a}\n  pools:\n"
+    text += "  - {gpu: L4, batch_size: 256}\n  - {device: cpu, max_actors: 2, label_selector: {}}\n"
+    gpu, cpu = load_config(Config, write(tmp_path, text)).classify.each_pool
+    assert (gpu.device, gpu.max_actors, gpu.batch_size) == ("cuda", 4, 256)
+    assert gpu.label_selector == {"zone": "a", "ray.io/accelerator-type": "L4"}
+    assert (cpu.device, cpu.max_actors, cpu.batch_size, cpu.label_selector) == ("cpu", 2, None, {})
+    assert gpu.timeout_s == cpu.timeout_s == ClassifyConfig().timeout_s
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["classify.pools=[{gpu: L4}, {devise: cpu}]"], "classify.pools.1.devise: unknown field"),
+        (["classify.pools=[{device: cpu, max_actors: 0}]"], "classify.pools.0.max_actors: "),
+        (["classify.min_actors=3", "classify.pools=[{max_actors: 2}]"], "max_actors 2 is below min_actors 3"),
+        (["classify.pools=[{gpu: L4, runtime: openvino}]"], "'openvino' runs on CPUs only"),
+        (
+            ["decode.device=gpu", "classify.device=cuda", "classify.pools=[{gpu: L4}, {device: cpu}]"],
+            "'gpu' needs classify.device 'cuda', not 'cpu'",
+        ),
+        (["model.precision=fp16", "classify.pools=[{gpu: L4}, {runtime: openvino}]"], "'openvino' supports "),
+        (["ray.label_selector={zone: 'a b'}"], "ray.label_selector.zone: "),
+    ],
+)
+def test_impossible_pools_are_rejected(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in error_of(tmp_path, MINIMAL, *overrides)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

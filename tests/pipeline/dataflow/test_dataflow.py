@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -14,7 +15,15 @@ import ray
 from ray.data import DataContext
 
 from pipeline.attempts import Attempt, Attempts
-from pipeline.config import ClassifyConfig, Config, DecodeConfig, RayConfig, ReadConfig, load_config
+from pipeline.config import (
+    ClassifyConfig,
+    Config,
+    ConfigError,
+    DecodeConfig,
+    RayConfig,
+    ReadConfig,
+    load_config,
+)
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.ray_executor import (
     MAX_READ_TASKS,
@@ -22,6 +31,7 @@ from pipeline.dataflow.ray_executor import (
     _set_context,
     classify_or_die,
 )
+from pipeline.dataflow.resources import choose_pools, matches
 from pipeline.decode import DecodeOptions
 from pipeline.read import NO_SAMPLES, Chunk, Shard
 from tests.makers import make_image
@@ -106,6 +116,76 @@ def test_actors_on_gpus_leave_cpus_to_the_other_stages() -> None:
     resources = choose(config(), cpus=4, gpus=8, node_cpus=4)
     used = resources.readers * config().read.num_cpus + resources.decode_cpus
     assert used + resources.max_actors * resources.classify_cpus <= 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "expected"),
+    [
+        ([], 4, (4, 4)),
+        (["classify.max_actors=3"], 4, (3, 3)),
+        (["classify.max_actors=8"], 4, (4, 8)),
+        (["classify.max_actors=8", "classify.min_actors=6"], 4, (6, 8)),
+        (["classify.device=cuda", "classify.max_actors=8"], 0, (1, 8)),
+    ],
+)
+def test_all_gpus_of_a_fixed_cluster_are_used_from_the_start(
+    overrides: list[str], gpus: int, expected: tuple[int, int]
+) -> None:
+    resources = choose(config(*overrides), 32, gpus, 16)
+    assert (resources.initial_actors, resources.max_actors) == expected
+
+
+def choose_on_nodes(config: Config, nodes: list[tuple[dict[str, str], int, int]]) -> Resources:
+    """Chooses resources on nodes that are given by their labels, CPUs and GPUs."""
+
+    def capacity(selector: Mapping[str, str]) -> ClusterCapacity:
+        found = [each for each in nodes if matches(each[0], selector)]
+        cpus = [cpus for _, cpus, _ in found]
+        return ClusterCapacity(sum(cpus), sum(gpus for _, _, gpus in found), max(cpus, default=0))
+
+    request = ResourceRequest(config.read, config.decode, config.classify, 224, CVT_13)
+    return choose_pools(request, capacity)
+
+
+L4, CPUS = {"ray.io/accelerator-type": "L4"}, {"ray.io/accelerator-type": ""}
+
+
+def test_pools_share_a_cluster_of_gpus_and_cpus() -> None:
+    nodes = [(L4, 8, 1), (L4, 8, 1), ({"ray.io/accelerator-type": "A100"}, 16, 1), (CPUS, 32, 0)]
+    pools = "classify.pools=[{gpu: A100, batch_size: 256}, {gpu: L4}, {device: cpu}]"
+    fastest = choose_on_nodes(config(pools, "classify.device=cuda"), nodes)
+    small, cpu = fastest.helpers
+    assert [(pool.device, pool.initial_actors, pool.batch_size) for pool in (fastest, small, cpu)] == [
+        ("cuda", 1, 256),
+        ("cuda", 2, 64),
+        ("cpu", 3, 64),
+    ]
+    assert cpu.threads == math.ceil(cpu.classify_cpus) == 8
+    assert cpu.readers == 1
+    used = sum(
+        pool.initial_actors * pool.classify_cpus + pool.readers * config().read.num_cpus + pool.decode_cpus
+        for pool in (fastest, small, cpu)
+    )
+    assert used <= 64 - 16  # the other CPUs decode
+
+
+def test_pool_without_its_kind_of_nodes_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"1 classifiers do not fit .* 0 GPUs"):
+        choose_on_nodes(config("classify.pools=[{gpu: H100}]"), [(L4, 8, 1)])
+
+
+@pytest.mark.parametrize(
+    ("condition", "values"),
+    [
+        ("a", ["a"]),
+        ("!a", ["b", "c", None]),
+        ("in(a, b)", ["a", "b"]),
+        ("!in(a,b)", ["c", None]),
+    ],
+)
+def test_label_selectors_match_as_in_ray(condition: str, values: list[str | None]) -> None:
+    all_labels: list[dict[str, str]] = [{"x": "a"}, {"x": "b"}, {"x": "c"}, {}]
+    assert [labels.get("x") for labels in all_labels if matches(labels, {"x": condition})] == values
 
 
 def test_fractional_gpus_allow_more_actors() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import json
+import pickle
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -30,11 +31,12 @@ from jobs.report import report
 from jobs.schedule import schedule
 from jobs.stats import stats
 from pipeline.config import Config, ScheduleConfig, Selection, load_config
+from pipeline.dataflow.local_executor import LocalExecutor
 from pipeline.run import label, make_job, rebuild
 from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
-from tests.makers import make_image, make_samples, make_tar
+from tests.makers import list_shards, make_image, make_samples, make_tar
 from tests.pipeline.publish.tables import Dataset
 from tests.runs import IN_PROCESS
 
@@ -228,6 +230,19 @@ def job(root: str, tmp_path: Path) -> Path:
     return path
 
 
+def test_workers_request_what_their_policy_allows(
+    labeled: set[Access], root: str, s3_server: LocalS3
+) -> None:
+    def read(endpoint: str) -> None:
+        job = make_job(config(root, endpoint))
+        shards = list(list_shards(Storage(endpoint_url=s3_server.endpoint_url), f"s3://{root}images/shards"))
+        step = job.stages.make_read_step(LocalExecutor().resources(job.resource_request))
+        chunks = list(pickle.loads(pickle.dumps(step))(enumerate(shards)))
+        assert sum(chunk.samples.num_rows for chunk in chunks) == 10
+
+    check(policy("worker", root), requested(s3_server, read))
+
+
 def test_planning_and_statistics_request_what_their_policy_allows(
     labeled: set[Access], root: str, s3_server: LocalS3, job: Path
 ) -> None:
@@ -333,6 +348,6 @@ def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3,
 
 
 def test_every_policy_of_the_page_is_tested() -> None:
-    tested = {"label", "plan", "read", "model", "publish", "compare", "report", "schedule"}
+    tested = {"label", "worker", "plan", "read", "model", "publish", "compare", "report", "schedule"}
     assert set(POLICIES) == tested
     assert DOCUMENT.read_text().count("```json") == len(POLICIES)
