@@ -163,6 +163,7 @@ def measure_driver(settings: Row, report: Report) -> None:
         decoders=2 if settings["decode_tasks"] else 0,
         classify_cpus=0.001,
         classify_gpus=1.0,
+        initial_actors=processes,
         max_actors=processes,
         threads=1,
     )
