@@ -99,29 +99,22 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
 def choose_pools(
     request: ResourceRequest, capacity: Callable[[Mapping[str, str]], ClusterCapacity]
 ) -> Resources:
-    """Chooses the resources of all pools of classifiers.
+    """Chooses the resources of all pools of classifiers, from the capacity of the nodes with given labels.
 
-    Args:
-        request: the request of the job.
-        capacity: returns the capacity of the nodes with given labels.
-
-    Raises:
-        ConfigError: see `choose_resources`.
+    Raises `ConfigError`: see `choose_resources`.
     """
     pools, cpus = list[Resources](), capacity({}).cpus
     for classify in request.classify.each_pool:
         cluster, read = capacity(classify.label_selector), request.read
-        # Readers and decoders for a GPU run on all nodes.
-        cluster = replace(cluster, cpus=cpus if cluster.gpus else min(cpus, cluster.cpus))
         is_helper = bool(pools) and classify.device == "cpu"
         if is_helper:
             read = read.model_copy(update={"concurrency": 1})  # one reader is faster than many CPUs
+        # Readers and decoders for a GPU run on all nodes.
+        cluster = replace(cluster, cpus=cpus if cluster.gpus else min(cpus, cluster.cpus))
         pool = choose_resources(replace(request, classify=classify, read=read), cluster)
-        if is_helper:  # half of the free CPUs, because the decoders of a GPU need many
-            actors = classify.max_actors or max(classify.min_actors, pool.max_actors // 2)
-            threads = classify.threads or math.ceil(pool.classify_cpus)
-            initial = min(actors, pool.initial_actors)
-            pool = replace(pool, initial_actors=initial, max_actors=actors, threads=threads)
+        if is_helper and classify.max_actors is None:  # half of the CPUs: the decoders of a GPU need many
+            actors = max(classify.min_actors, pool.max_actors // 2)
+            pool = replace(pool, initial_actors=actors, max_actors=actors)
         cpus -= pool.initial_actors * pool.classify_cpus + pool.readers * read.num_cpus + pool.decode_cpus
         pools.append(pool)
     return replace(pools[0], helpers=tuple(pools[1:]))
@@ -162,7 +155,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     threads = classify.threads
     if not on_gpu and threads is None:
         # A single classifier uses all CPUs of its machine: decoding needs few of them.
-        threads = int(cluster.node_cpus) if max_actors == 1 else math.ceil(actor_cpus)
+        threads = math.ceil(min(cluster.cpus, cluster.node_cpus) if max_actors == 1 else actor_cpus)
     chunk_images = read.chunk_images or _chunk_images(request.macs, size, on_gpu)
     decoder_cpus = cpus_left + decode_cpus - min(max_actors, fitting_actors) * actor_cpus
     max_memory = cluster.node_memory / 4  # so that a task of each stage fits on every node
