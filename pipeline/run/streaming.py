@@ -173,11 +173,13 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
                 first_images = committer.progress().images
             report_progress(chunk)
             run.lease.check()
-            if committer.is_complete or (stop.requested and not committer.open_shards):
-                break  # does not wait for read tasks for which no shard is left
+            if stop.requested and not committer.open_shards:
+                break
             if job.config.gate.abort and (broken := run.failures.certain_violations()):
                 _abort(run, broken)
                 break
+            if committer.is_complete:
+                break  # does not wait for read tasks for which no shard is left
     run.record.record_time("last_result")
     if stop.requested or run.result.aborted:
         committer.wait_for_writes()
