@@ -233,16 +233,16 @@ def test_container_quota_limits_the_cpus(
 
 ABORTED = """
 import os, signal, sys, threading, time
-from pipeline.dataflow import local_executor
+from pipeline.dataflow import stages
 from pipeline.run import label
 from tests.runs import run_config
 
-class Slow(local_executor.Classifier):
+class Slow(stages.Classifier):
     def __call__(self, chunk):
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         time.sleep(300)
 
-local_executor.Classifier = Slow
+stages.Classifier = Slow
 label(run_config(sys.argv[1], "run.grace_period_s=0"))
 """
 
