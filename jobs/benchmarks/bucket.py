@@ -38,17 +38,16 @@ def open_folder(uri: str | None) -> Iterator[str]:
                 Storage().delete(info.uri)
 
 
-def upload(folder: Path, tars: str, files: str | None) -> None:
-    """Writes the tars of a local folder to the folder `tars` of a bucket, and their members to `files`."""
+def upload(folder: Path, uri: str, with_files: bool) -> None:
+    """Writes the tars of a local folder to `uri`/tars, and on request their members to `uri`/files."""
 
     def write(name: str, content: bytes) -> None:
-        Storage().write(f"{files}/{name}", content)
+        Storage().write(f"{uri}/files/{name}", content)
 
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
-            Storage().write(f"{tars}/{path.name}", file)
-        if files is None:
-            continue
-        with tarfile.open(path) as tar, ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:
-            members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-            list(pool.map(write, *zip(*members, strict=True)))
+            Storage().write(f"{uri}/tars/{path.name}", file)
+        if with_files:
+            with tarfile.open(path) as tar, ThreadPoolExecutor(_CONCURRENT_WRITES) as pool:
+                members = [(each.name, tar.extractfile(each).read()) for each in tar]  # type: ignore[union-attr]
+                list(pool.map(write, *zip(*members, strict=True)))

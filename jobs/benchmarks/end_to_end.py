@@ -9,7 +9,7 @@ import os
 import statistics
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -133,11 +133,7 @@ def run(
             make_dataset(images, folder / f"{number}", checkpoint.preprocessor, number, cores)
         root = stack.enter_context(open_folder(bucket))
         for number in count:
-            upload(
-                folder / f"{number}",
-                f"{root}/{number}/tars",
-                f"{root}/{number}/files" if "daft" in names else None,
-            )
+            upload(folder / f"{number}", f"{root}/{number}", with_files="daft" in names)
         results = [ContenderResult(each, number) for number in count for each in (*COMMANDS, *names)]
         results.append(ContenderResult(ENGINE, count[-1]))
         for turn, result in itertools.product(range(1, rounds + 1), results):
@@ -150,6 +146,19 @@ def run(
             if result.failure and result.contender in COMMANDS:
                 raise figures.BenchmarkError(f"{result.contender} failed: {result.failure}")
         last_run = read_record(f"{root}/{count[-1]}/{PIPELINE}-{rounds}")
+    _add_ratios(results, price_per_hour)
+    figures.print_results(
+        context,
+        output,
+        contenders=[vars(result) for result in results],
+        stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
+        last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
+        seconds_of_last_run=[last_run["timings"]],
+    )
+
+
+def _add_ratios(results: Sequence[ContenderResult], price_per_hour: float | None) -> None:
+    """Adds to each result its ratios to cvt-label for the same number of images, and its cost."""
     for result in results:
         by_name = {each.contender: each for each in results if each.images == result.images}
         if result.contender != ENGINE:
@@ -160,14 +169,6 @@ def run(
         result.pipeline_speedup = figures.ratios(by_name[PIPELINE].images_per_s, result.images_per_s)
         if price_per_hour is not None and result.images_per_s:
             result.cost_per_million = price_per_hour / 3600 / statistics.median(result.images_per_s) * 1e6
-    figures.print_results(
-        context,
-        output,
-        contenders=[vars(result) for result in results],
-        stages_of_last_run=[_stage_row(*stage) for stage in last_run["stages"].items()],
-        last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
-        seconds_of_last_run=[last_run["timings"]],
-    )
 
 
 def make_dataset(uri: str, tars: Path, preprocessor: Preprocessor, count: int, cores: int) -> None:

@@ -21,11 +21,11 @@ def test_folder_has_tars_and_files_and_is_deleted_at_the_end(
     storage.write(f"{bucket}/folder/other", b"")
     with open_folder(f"{bucket}/folder/") as folder:
         assert folder.startswith(f"{bucket}/folder/")
-        upload(tmp_path, f"{folder}/tars", f"{folder}/files")
-        upload(tmp_path, f"{folder}/more", None)
+        upload(tmp_path, f"{folder}/1", with_files=True)
+        upload(tmp_path, f"{folder}/2", with_files=False)
         found = {info.uri.removeprefix(f"{folder}/"): storage.read(info.uri) for info in storage.list(folder)}
     assert found == {
-        **{f"{name}/{number}.tar": data for name in ("tars", "more") for number, data in enumerate(tars)},
-        **{f"files/{tar}{i}.jpg": bytes([i]) for tar in "ab" for i in range(3)},
+        **{f"{job}/tars/{number}.tar": data for job in "12" for number, data in enumerate(tars)},
+        **{f"1/files/{tar}{i}.jpg": bytes([i]) for tar in "ab" for i in range(3)},
     }
     assert [info.uri for info in storage.list(bucket)] == [f"{bucket}/folder/other"]
