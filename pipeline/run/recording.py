@@ -25,7 +25,7 @@ from pipeline.text import remove_secrets
 
 _PACKAGES = (
     "cvt-label", "ray", "torch", "torchvision", "openvino", "transformers", "pyarrow", "pillow", "numpy",
-    "boto3",
+    "boto3", "cykooz-resizer",
 )  # fmt: skip
 
 
