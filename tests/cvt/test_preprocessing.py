@@ -124,8 +124,8 @@ def comparison(request: pytest.FixtureRequest, photographs: list[tuple[str, byte
 
 
 @pytest.mark.slow
-def test_photographs_differ_by_less_than_a_hundredth_of_a_gray_level(comparison: Comparison) -> None:
-    assert max(comparison.differences) < 0.01
+def test_photographs_differ_by_less_than_a_fiftieth_of_a_gray_level(comparison: Comparison) -> None:
+    assert max(comparison.differences) < 0.02
 
 
 @pytest.mark.slow
