@@ -34,10 +34,11 @@ _SAMPLE = Path(jobs.__file__).parent / "data" / "fashion-mnist"
 #: command does until then.
 PHASES = {
     "label": "imports of the command",
-    "model_loaded": "listing, model or its files",
+    "checkpoint_opened": "listing, checkpoint",
     "planned": "lease, manifest, plan",
-    "executor_ready": "Ray",
-    "first_result": "workers' imports and model, first chunk",
+    "model_loaded": "import of PyTorch, weights",
+    "executor_ready": "start of Ray",
+    "first_result": "imports and models of workers, first chunk",
     "first_commit": "other chunks and commit of the first shard",
     "executor_stopped": "other shards, end of Ray",
     "summarized": "statistics and report",

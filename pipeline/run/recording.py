@@ -49,9 +49,9 @@ class RunResult:
         rolled_back: groups of image files whose labels the run removed again: other groups have the images.
             Also the parts of files whose labels the labels of the whole file have replaced.
         statistics: class statistics of all labels in the partition; None if the run changed nothing.
-        timings: seconds from the start of the run to each event, by name: `model_loaded`, `planned`,
-            `executor_ready`, `first_result`, `first_commit`, `last_result`, `executor_stopped`, `summarized`,
-            `ended`.
+        timings: seconds from the start of the run to each event, by name: `checkpoint_opened`, `planned`,
+            `model_loaded`, `executor_ready`, `first_result`, `first_commit`, `last_result`,
+            `executor_stopped`, `summarized`, `ended`.
         images_per_s: throughput from the first result to the last; None if these are less than 10 s apart.
         stages: metrics of each stage; empty if there was nothing to label.
         decoder: description of the devices that decoded the images.

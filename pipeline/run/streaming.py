@@ -67,6 +67,7 @@ def label_shards(run: RunContext) -> StopController:
     committer = Committer(writer, plan.shards, partial(_record_commit, run))
     run.result.totals, run.failures.causes = committer.totals, committer.totals.causes
     _ = job.checkpoint.model  # before workers start: an error of the model ends the run
+    run.record.record_time("model_loaded")
     address = job.config.ray.address
     if address != IN_PROCESS:
         run.on_phase(Phase.STARTING_RAY if ray_address(address) == LOCAL else Phase.CONNECTING_TO_RAY)

@@ -23,7 +23,7 @@ def test_phases_add_up_to_the_duration_of_the_command() -> None:
     assert events["label"] == 1
     phases = phase_seconds(events)
     assert list(phases) == ["label", "planned", "executor_ready", "first_result", "ended", "exit"]
-    # The time of `model_loaded`, which the record lacks, is part of the next phase.
+    # The time of `checkpoint_opened`, which the record lacks, is part of the next phase.
     assert phases["planned"] == 1.5
     assert phases["exit"] == 0.5
     assert sum(phases.values()) == 6.5
