@@ -25,7 +25,7 @@ def test_simulated_classifiers_label_every_image_on_gpus_of_ray(tmp_path: Path) 
         assert row["processes"] == row["classifiers"] == 2
         assert row["images_checked"] >= row["chunks"] * 16 > 0
         assert row["driver_cpu_ms_per_chunk"] > 0
-    assert "driver cpu ms per chunk" in done.stdout
+    assert "classifiers" in done.stdout
 
 
 def test_planning_is_measured_by_step() -> None:
