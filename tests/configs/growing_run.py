@@ -32,8 +32,8 @@ def event_at(name: str) -> threading.Event:
     """An event that is set when the record of a run has the time of the event `name`."""
     came, record = threading.Event(), RunRecord.record_time
 
-    def recorded(self: RunRecord, event: str) -> None:
-        record(self, event)
+    def recorded(self: RunRecord, event: str, *at: float) -> None:
+        record(self, event, *at)
         if event == name:
             came.set()
 
