@@ -1,4 +1,4 @@
-"""An advisory lease on a partition, so that one run at a time labels it.
+"""An advisory lease on a partition, or a share of it, so that one run at a time labels a shard.
 
 The lease only saves cost: commits of concurrent runs are correct without a lease.
 """
@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel
 
 from pipeline.commit.record import new_run_id
+from pipeline.config import WHOLE, Share
 from pipeline.storage import Storage, StorageError, Versioned, content_errors
 
 _logger = logging.getLogger("cvt_label")
 
-_NAME = "lease.json"
+_NAME = re.compile(r"/lease(?:-(\d+)-of-(\d+))?\.json$")
 _MAX_BYTES = 64 * 1024
+_READERS = 32
 LeaseState = Literal["held", "released", "unfinished"]
 
 
@@ -49,10 +54,24 @@ class LeaseContent(BaseModel, frozen=True):
         return self.state == "held" and datetime.now(UTC) < self.expires_at
 
 
-def was_clean_shutdown(storage: Storage, partition: str) -> bool:
-    """Returns whether the last run left manifest and statistics up to date; True if there was no run."""
-    found = _latest(storage, f"{partition}/{_NAME}")
-    return found is None or found.content.state == "released"
+def was_clean_shutdown(storage: Storage, partition: str, share: Share = WHOLE) -> bool:
+    """Returns whether the last runs of these shards left manifest and statistics up to date; or no run."""
+    return all(
+        found.content.state == "released" for found in _overlapping(storage, partition, share).values()
+    )
+
+
+def _overlapping(storage: Storage, partition: str, share: Share) -> dict[str, Versioned[LeaseContent]]:
+    """Returns the leases, by URI, of all shares that have shards of this share."""
+    names = (
+        (info.uri, _NAME.search(info.uri, len(partition))) for info in storage.list(partition, prefix="lease")
+    )
+    uris = [
+        uri for uri, name in names if name and share.overlaps(Share(*map(int, filter(None, name.groups()))))
+    ]
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="lease") as pool:
+        found = zip(uris, pool.map(partial(_latest, storage), uris), strict=True)
+        return {uri: lease for uri, lease in found if lease is not None}
 
 
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
@@ -62,25 +81,35 @@ def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
 
 
 class Lease:
-    """The lease of a partition: hold it with `held`, and call `check` regularly.
+    """The lease of a partition or a share: hold it with `held`, and call `check` regularly.
 
     A run renews its lease until it ends; the lease of a dead run expires. The clocks of all holders should
-    agree to within a fraction of the lease's duration.
+    agree to within a fraction of the lease's duration. Each share has its own object. A run also takes over
+    the expired leases of other divisions whose shares overlap with its own.
 
     Attributes:
-        found_clean_shutdown: whether the last run left manifest and statistics up to date.
+        found_clean_shutdown: whether the last runs left manifest and statistics up to date.
         clean_shutdown: whether this run leaves them up to date; if not, the next run repairs them.
     """
 
     def __init__(
-        self, storage: Storage, partition: str, run: str, seconds: float, poll_s: float = 5.0
+        self,
+        storage: Storage,
+        partition: str,
+        run: str,
+        seconds: float,
+        poll_s: float = 5.0,
+        share: Share = WHOLE,
     ) -> None:
         """Creates the lease, which expires after `seconds` without renewal; `held` acquires it.
 
         A run that had to wait gets another id than `run`, so that ids sort by the start of the work.
         """
-        self.uri = f"{partition}/{_NAME}"
+        name = "lease" if share == WHOLE else f"lease-{share.index}-of-{share.count}"
+        self.uri = f"{partition}/{name}.json"
         self._storage, self.run = storage, run
+        self._find = partial(_overlapping, storage, partition, share)
+        self._taken_over: dict[str, str] = {}  # versions of leases of other divisions
         self.found_clean_shutdown = self.clean_shutdown = False
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
         self._seconds, self._poll_s = seconds, min(poll_s, seconds / 3)
@@ -105,27 +134,27 @@ class Lease:
             self.release(self.clean_shutdown)
 
     def acquire(self, wait: bool = False, on_wait: Callable[[str], None] = lambda message: None) -> bool:
-        """Acquires the lease; returns whether the last run shut down cleanly.
+        """Acquires the lease; returns whether the last runs shut down cleanly.
 
-        If another run holds the lease, raises `LeaseHeldError`; with `wait`, calls `on_wait` once with a
-        message, and waits.
+        If another run holds the lease, or that of a share that overlaps with this one, raises
+        `LeaseHeldError`; with `wait`, calls `on_wait` once with a message, and waits.
         """
-        before: LeaseContent | None = None
+        found: dict[str, Versioned[LeaseContent]] = {}
+        held: list[tuple[str, LeaseContent]] = []
         waited = False
 
         def claim(version: str) -> bytes | None:
-            nonlocal before
-            found = _latest(self._storage, self.uri)
-            before = None if found is None else found.content
-            if before is not None and before.is_live and before.run != self.run:
-                return None
-            return self._content("held")
+            nonlocal found, held
+            found = self._find()
+            leases = ((uri, lease.content) for uri, lease in found.items())
+            held = [(uri, lease) for uri, lease in leases if lease.is_live and lease.run != self.run]
+            return None if held else self._content("held")
 
         while (written := self._storage.update(self.uri, claim)) is None:
-            assert before is not None
+            uri, holder = held[0]
             message = (
-                f"{self.uri}: run {before.run} ({before.holder}) labels this partition and holds the "
-                f"lease until {before.expires_at:%Y-%m-%d %H:%M:%S} UTC, unless it renews the lease"
+                f"{uri}: run {holder.run} ({holder.holder}) labels this partition and holds the "
+                f"lease until {holder.expires_at:%Y-%m-%d %H:%M:%S} UTC, unless it renews the lease"
             )
             if not wait:
                 raise LeaseHeldError(f"{message}; use --wait to wait for the run to end")
@@ -136,7 +165,10 @@ class Lease:
             self.run = new_run_id()
         self._version = written.version
         self._renewal.start()
-        return before is None or before.state == "released"
+        unclean = {uri: lease.version for uri, lease in found.items() if lease.content.state != "released"}
+        self._taken_over = {uri: version for uri, version in unclean.items() if uri != self.uri}
+        self._mark_taken_over("unfinished")
+        return not unclean
 
     def check(self) -> None:
         """Raises `LeaseLostError` if another run has taken over the lease."""
@@ -164,8 +196,16 @@ class Lease:
             return
         try:
             self._write("released" if clean_shutdown else "unfinished")
+            if clean_shutdown:
+                self._mark_taken_over("released")
         except StorageError as error:  # the lease expires
             _logger.warning("could not release the lease; it expires in %g s: %s", self._seconds, error)
+
+    def _mark_taken_over(self, state: LeaseState) -> None:
+        """Writes the leases that this run has taken over, so that their runs learn of it if they continue."""
+        for uri, version in [*self._taken_over.items()]:
+            with suppress(StorageError):  # such as: yet another run has taken over
+                self._taken_over[uri] = self._storage.write(uri, self._content(state), version).version
 
     def _renew(self) -> None:
         while not self._lost and not self._stop.wait(self._seconds / 3):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
-from pipeline.config import InputUris
+from pipeline.config import InputUris, Share
 from pipeline.predictions import read_predictions
 from pipeline.statistics import (
     HISTOGRAM_BINS,
@@ -175,7 +175,8 @@ class RunPair:
     """A run of a dataset, and the last run before it that ended normally.
 
     Runs between the two were killed or stopped, and the later run completed them. All labels of these runs
-    count as labels of the later run. Runs without labels in the partition are ignored.
+    count as labels of the later run. Runs without labels in the partition, and runs of other shares of the
+    dataset, are ignored.
 
     Attributes:
         dataset: the input of the dataset. None if the partition has labels of one dataset only.
@@ -191,10 +192,15 @@ class RunPair:
     @classmethod
     def find(cls, partition: Partition, dataset: InputUris | None, run: str) -> Self:
         """Finds the run before `run`."""
-        earlier, current = [each for each in partition.manifest.runs(dataset) if each <= run], list[str]()
-        while earlier and (earlier[-1] == run or not _ended_normally(partition, earlier[-1])):
-            current.insert(0, earlier.pop())
-        return cls(partition, dataset, earlier[-1] if earlier else None, current)
+        share, current = Share.of_record(partition.record(run)), list[str]()
+        for each in reversed([each for each in partition.manifest.runs(dataset) if each <= run]):
+            record = partition.record(each)
+            if not share.overlaps(Share.of_record(record)):
+                continue
+            if each != run and record.get("status", "complete") in ("complete", "incomplete"):
+                return cls(partition, dataset, each, current)
+            current.insert(0, each)
+        return cls(partition, dataset, None, current)
 
     def fold_statistics(self) -> tuple[ClassStatistics, Comparison | None]:
         """Computes the class statistics of all labels of the partition, and compares the two runs.
@@ -209,7 +215,3 @@ class RunPair:
         runs = previous[0], self.current[-1]
         a, b = (LabelSet(self.partition, run, stats) for run, stats in zip(runs, both, strict=True))
         return total, compare_label_sets(a, b, with_agreement=False)
-
-
-def _ended_normally(partition: Partition, run: str) -> bool:
-    return partition.record(run).get("status", "complete") in ("complete", "incomplete")

@@ -9,6 +9,7 @@ from pipeline.config.job import LABEL_NEW, Config, GateConfig, ReportConfig, Sel
 from pipeline.config.loading import load_config, load_job_config, load_train_config
 from pipeline.config.schedule import DatasetConfig, ScheduleConfig, SubmitConfig
 from pipeline.config.schema import KINDS, json_schema
+from pipeline.config.share import WHOLE, Share
 from pipeline.config.stages import (
     IN_PROCESS,
     NO_TORCHVISION,

@@ -5,11 +5,12 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cvt.runtimes import Precision, resolve_precision, supported_precisions
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
 from pipeline.config.input import NOT_IN_FINGERPRINT, InputConfig
+from pipeline.config.share import Share
 from pipeline.config.stages import ClassifyConfig, DecodeConfig, RayConfig, ReadConfig
 from pipeline.storage import Storage
 
@@ -115,8 +116,18 @@ class StorageConfig(Section):
     """
 
 
+def _check_share(share: str | None) -> str | None:
+    Share.parse(share)
+    return share
+
+
 class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""
+
+    share: Annotated[str | None, AfterValidator(_check_share)] = Field(default=None, examples=["1/8"])
+    """`i/n`: label only share i of n, so that n runs label one dataset at the same time. Null: all shards. No
+    label depends on this field.
+    """
 
     lease_duration_s: PositiveFloat = 60
     """Seconds after which the lease on the output expires if the run does not renew it. The clocks of all

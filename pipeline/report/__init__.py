@@ -3,5 +3,5 @@
 Metrics are computed in `statistics`, comparisons in `compare`.
 """
 
-from pipeline.report.gallery import GALLERY_FILE, GALLERY_SCHEMA, Gallery, read_gallery, write_gallery
-from pipeline.report.page import write_report
+from pipeline.report.gallery import GALLERY_FILE, GALLERY_SCHEMA, Gallery, encode_gallery, read_gallery
+from pipeline.report.page import render_report

@@ -127,8 +127,7 @@ def read_gallery(storage: Storage, partition: str) -> pa.Table:
         return rows.select(MEMORY_SCHEMA.names).cast(MEMORY_SCHEMA)
 
 
-def write_gallery(storage: Storage, partition: str, rows: pa.Table) -> None:
-    """Writes the gallery of a partition."""
+def encode_gallery(rows: pa.Table) -> bytes:
+    """Returns the content of a gallery."""
     batches = [batch.cast(GALLERY_SCHEMA) for batch in rows.to_batches(_BATCH_ROWS)]
-    content = encode_parquet(pa.Table.from_batches(batches, GALLERY_SCHEMA))
-    storage.write(f"{partition}/{GALLERY_FILE}", content)
+    return encode_parquet(pa.Table.from_batches(batches, GALLERY_SCHEMA))

@@ -17,28 +17,25 @@ from pipeline.config import InputUris
 from pipeline.report import charts, sections
 from pipeline.report.gallery import read_gallery
 from pipeline.statistics import ClassStatistics, Comparison
-from pipeline.storage import normalize_uri
 from pipeline.text import escape_unprintable, format_number, format_percent, format_score, pluralize
 
 
-def write_report(
+def render_report(
     partition: Partition,
     record: Mapping[str, Any],
     statistics: ClassStatistics,
     comparisons: Sequence[Comparison] = (),
-    output: str | None = None,
-) -> str:
-    """Writes the report of a partition and a run; returns the report's URI.
+) -> bytes:
+    """Returns the report of a partition and a run, an HTML page.
 
     Args:
         partition: the partition of the report.
         record: the record of the run.
         statistics: class statistics of all labels of the partition.
         comparisons: comparisons of other label sets (a) with labels of this partition (b).
-        output: path or URI of the page. If None, `report.html` in the partition.
 
     Raises:
-        StorageError: the partition cannot be read, or the page cannot be written.
+        StorageError: the partition cannot be read.
     """
     manifest = partition.manifest.read(("rows", "errors", "error", "damage", "deleted", "unmatched_targets"))
     totals = {
@@ -60,7 +57,7 @@ def write_report(
         ("throughput", "Throughput", sections.throughput(record)),
         ("run", "Run details", {}),
     ]
-    page = _template().render(
+    page: str = _template().render(
         partition=partition,
         record=record,
         input=InputUris.of_record(record),
@@ -73,9 +70,7 @@ def write_report(
             if values is not None
         ],
     )
-    output = f"{partition.uri}/report.html" if output is None else normalize_uri(output)
-    partition.storage.write(output, page.encode())
-    return output
+    return page.encode()
 
 
 @functools.cache  # compiling the templates takes longer than labeling a small shard

@@ -71,17 +71,22 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
     run that labeled the new groups or parts makes this necessary. Its sign is a prediction file that this
     run neither found nor wrote, or that has another version of a group.
     """
-    partition, groups = run.result.partition, run.groups
+    partition, groups, plan = run.result.partition, run.groups, run.result.plan
     if not groups:
         return set()
-    labeled = [shard for shard in run.result.plan.shards if shard.uri in groups]
+    labeled = [shard for shard in plan.shards if shard.uri in groups]
     entries = run.prepared.repairs.entries.values()
     versions = {row.output: row.output_version for row in entries if row.output} | run.outputs
-    unknown = [
+    if plan.share.count > 1:  # files of other shares
+        rows = partition.manifest.entries().values()
+        versions |= {row.output: row.output_version for row in rows if row.output and not plan.is_own(row)}
+    files = (
         file
         for file in prediction_files(partition.storage, partition.uri)
         if versions.get(file.uri.removeprefix(f"{partition.uri}/")) != file.version
-    ]
+    )
+    found = recovered_rows(partition.storage, partition.uri, files)
+    unknown = [row for row in found if plan.is_own(row)]
     if not unknown and all(groups[shard.uri].version == shard.version for shard in labeled):
         return set()
     moved = find_regrouped(
@@ -91,7 +96,7 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
         run.lease.verify()
     except LeaseLostError:
         planned = {(shard.uri, shard.version) for shard in labeled}
-        for row in recovered_rows(partition.storage, partition.uri, unknown):
+        for row in unknown:
             if (row.uri, row.version) not in planned:  # both runs may have a part in common, which stays
                 moved |= {shard.uri for shard in labeled if overlap(shard, row.uri, row.version or "")}
     remove_labels(partition, [groups[uri] for uri in moved])

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from pipeline.compare import RunPair
-from pipeline.config import InputUris
+from pipeline.config import InputUris, Share
 from pipeline.run.recording import RunContext
 from pipeline.statistics import Comparison, limit_violations
 
@@ -15,12 +15,16 @@ _MAX_EARLIER = 100
 def read_earlier_failures(run: RunContext) -> None:
     """Reads the failures of the last run of the dataset, and of runs that were stopped since.
 
-    A stopped run without new shards, which only repeated others, counts only if it exceeded a limit.
+    A stopped run without new shards, which only repeated others, counts only if it exceeded a limit. Runs of
+    other shares do not count.
     """
     partition, dataset = run.result.partition, run.result.job.config.input.inputs
+    share = Share.parse(run.result.job.config.run.share)
     for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
         record = partition.record(earlier)
         if "failures" not in record or InputUris.of_record(record) != dataset:
+            continue
+        if not share.overlaps(Share.of_record(record)):
             continue
         if record["status"] not in ("running", "interrupted", "failed"):
             run.failures.last = Counter(record["failures"])

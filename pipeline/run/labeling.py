@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pipeline.commit import Lease, LeaseLostError, ManifestWriter, Progress, new_run_id
-from pipeline.config import LABEL_NEW, Config, Selection
+from pipeline.config import LABEL_NEW, Config, Selection, Share
 from pipeline.dataflow import StopController, sigterm_interrupts
 from pipeline.read import IgnoreReason
 from pipeline.run.cleanup import clean_up, roll_back_regrouped
@@ -65,7 +65,8 @@ def label(
     on_phase(Phase.LOADING_MODEL)
     job = make_job(config)
     opened = time.monotonic()
-    lease = Lease(job.storage, job.partition.uri, new_run_id(), config.run.lease_duration_s)
+    share, seconds = Share.parse(config.run.share), config.run.lease_duration_s
+    lease = Lease(job.storage, job.partition.uri, new_run_id(), seconds, share=share)
     with sigterm_interrupts(), lease.held(wait, on_wait):
         run = lease.run
         on_phase(Phase.PLANNING)

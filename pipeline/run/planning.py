@@ -1,13 +1,13 @@
 """The plan of a run: `plan` is a pure function of the input's listing and the manifest."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
 from pipeline.commit import ManifestRow, Partition, Repairs, find_repairs, was_clean_shutdown
-from pipeline.config import LABEL_NEW, Config, ConfigError, Selection, make_storage
+from pipeline.config import LABEL_NEW, WHOLE, Config, ConfigError, Selection, Share, make_storage
 from pipeline.predictions import read_footer
 from pipeline.read import (
     Shard,
@@ -37,7 +37,7 @@ class ShardState(StrEnum):
 
 @dataclass
 class Plan:
-    """The plan of a run.
+    """The plan of a run. With a share, no attribute but `listing` has shards of other shares.
 
     Attributes:
         listing: the listing of the input, which has counts of the ignored objects.
@@ -56,10 +56,12 @@ class Plan:
             labels stay until the file is read: it may be unreadable.
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
+        files: the files and tables of the input.
     """
 
     listing: ShardListing
     selection: Selection
+    share: Share = WHOLE
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
     skipped: list[ManifestRow] = field(default_factory=list)
@@ -70,6 +72,21 @@ class Plan:
     parts: defaultdict[str, list[ManifestRow]] = field(default_factory=lambda: defaultdict(list))
     image_states: Counter[ShardState] | None = None
     copied: dict[str, CopiedRows] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
+
+    def is_own(self, shard: Shard | ManifestRow) -> bool:
+        """Returns whether a shard, which may be deleted, is in the share of the run.
+
+        Shards are in one share if a change of the input may move rows between them: the parts of a file, the
+        ranges of a table, and all groups of image files under one URI of the input.
+        """
+        if self.share.count == 1:
+            return True
+        if shard.format == "images":
+            root = self.listing.inputs.root_of(shard.uri)
+            return not root or self.share.contains(root)  # without a root: a group of another input
+        table = _find_in(shard.uri, self.listing.tables) or _find_in(shard.uri, self.files)
+        return self.share.contains(table or whole_file(shard.uri))
 
     @property
     def deleted_with_labels(self) -> dict[str, ManifestRow]:
@@ -108,7 +125,11 @@ class Plan:
         found = [f"{states[state]:,} {state}" for state in ShardState if states[state]]
         if self.damaged:
             found.append(f"{self.damaged:,} of the done only in part")
-        text = f"{pluralize(states.total(), unit)}: {', '.join(found)}; {to_label:,} to label"
+        is_divided = self.share.count > 1
+        if is_divided and not self.states.total():
+            return f"share {self.share} has no shards: the other shares have them"
+        total = pluralize(states.total(), unit) + (f" in share {self.share}" if is_divided else "")
+        text = f"{total}: {', '.join(found)}; {to_label:,} to label"
         if again := to_label + copied - states[ShardState.NEW] - states[ShardState.CHANGED]:
             text += f" ({again:,} reprocessed)"
         if copied:
@@ -124,15 +145,20 @@ def plan(
     selection: Selection,
     keep: bool = False,
     groups: Collection[str] = (),
+    share: Share = WHOLE,
 ) -> Plan:
     """Compares the input with the manifest, without rows of other inputs; reads the listing to its end.
 
     With `keep`, the readable parts of damaged shards are due. For `groups`, see `find_replaced_groups`.
     """
-    planned, images, seen = Plan(listing, selection), Counter[ShardState](), set[str]()
-    formats, files, unlabeled = set[str | None](), set[str](), set[str]()
+    planned, images, seen = Plan(listing, selection, share), Counter[ShardState](), set[str]()
+    formats, files, unlabeled = set[str | None](), planned.files, set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
+        if shard.format != "images":
+            files.add(shard.object.uri)
+        if not planned.is_own(shard):
+            continue
         row = manifest.get(shard.uri, NO_ROW)
         state = _state(shard, row)
         planned.states[state] += 1
@@ -159,7 +185,6 @@ def plan(
             if state is not ShardState.NEW:
                 last_changed = shard.uri if is_changed else None
             continue
-        files.add(shard.object.uri)
         if row.output is None:
             unlabeled.add(shard.uri)
         # With other columns of `input.carry`, a part has the same rows.
@@ -172,11 +197,12 @@ def plan(
         for uri, row in manifest.items()
         if uri not in seen
         and listing.format in (None, row.format)
-        and (listing.inputs.contains(uri) or uri in groups or _is_in(uri, files))
+        and (listing.inputs.contains(uri) or uri in groups or _find_in(uri, files))
+        and planned.is_own(row)
     }
     for uri in [uri for uri in planned.deleted_with_labels if whole_file(uri) in unlabeled]:
         planned.parts[whole_file(uri)].append(planned.deleted.pop(uri))
-    replaced = {uri for uri in planned.deleted if _is_in(uri, files)}
+    replaced = {uri for uri in planned.deleted if _find_in(uri, files)}
     planned.replaced |= replaced & planned.deleted_with_labels.keys()
     planned.states[ShardState.DELETED] = len(planned.deleted) - len(replaced)
     if formats.union(row.format for row in planned.deleted.values()) <= {"images", "table"}:
@@ -187,11 +213,11 @@ def plan(
     return planned
 
 
-def _is_in(uri: str, files: set[str]) -> bool:
-    """Returns whether a shard is one of these files, a part of one, or in one of these tables."""
+def _find_in(uri: str, files: Set[str]) -> str:
+    """Returns the file or table that a shard is, is a part of, or is in; empty if these have no such file."""
     while uri and uri not in files:
         uri = uri.rpartition("/")[0]
-    return bool(uri)
+    return uri
 
 
 def _state(shard: Shard, row: ManifestRow) -> ShardState:
@@ -227,7 +253,8 @@ def plan_run(config: Config, selection: Selection = LABEL_NEW) -> PreparedRun:
     """
     listing = open_listing(config)
     job = make_job(config)
-    return prepare(job, listing, selection, was_clean_shutdown(job.storage, job.partition.uri))
+    clean_shutdown = was_clean_shutdown(job.storage, job.partition.uri, Share.parse(config.run.share))
+    return prepare(job, listing, selection, clean_shutdown)
 
 
 def open_listing(config: Config) -> ShardListing:
@@ -259,7 +286,8 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     )
     groups = find_replaced_groups(partition, repairs.entries, listing)
     keep = job.stages.read_options.input.on_damaged_shard == "keep"
-    planned = plan(listing, repairs.entries, selection, keep, groups)
+    share = Share.parse(job.config.run.share)
+    planned = plan(listing, repairs.entries, selection, keep, groups, share)
     entries, shards = repairs.entries, planned.shards
     # Rows move to a group that was split from theirs, to the group before a deleted one, or in a table.
     losing = [entries[uri] for uri in planned.replaced | planned.deleted_with_labels.keys()]
@@ -274,6 +302,12 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     planned.copied = {} if selection.relabel else copied
     if planned.shards and job.config.classify.runtime == "auto":
         job = replace(job, labeled_by=_stored_runtime(partition, entries))
+    if share.count > 1:  # a run repairs only rows of its share
+        stored, entries = (
+            {uri: row for uri, row in rows.items() if planned.is_own(row)}
+            for rows in (repairs.stored, repairs.entries)
+        )
+        repairs = Repairs(stored, entries, repairs.found)
     return PreparedRun(job, planned, repairs, clean_shutdown)
 
 

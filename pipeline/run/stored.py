@@ -1,6 +1,6 @@
 """Operations on a stored partition without a run: find it, rebuild its summaries, write its report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,10 +9,11 @@ from pipeline.commit import CLASS_STATS, Lease, Partition, new_run_id, rebuilt_r
 from pipeline.compare import LabelSet, RunPair, compare_label_sets
 from pipeline.config import Config, InputUris, make_storage
 from pipeline.dataflow import sigterm_interrupts
-from pipeline.report import write_report as write_page
+from pipeline.report import render_report
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import StorageError, encode_parquet
+from pipeline.storage import StorageError, encode_parquet, normalize_uri
 
+REPORT = "report.html"
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
 #: Seconds after which the lease of a rebuild expires without renewal.
@@ -102,14 +103,17 @@ def rebuild(partition: Partition) -> None:
     with sigterm_interrupts(), lease.held():
         partition.manifest.replace(lambda: rebuilt_rows(storage, uri))
         lease.verify()
-        write_class_table(partition, partition.manifest.fold_statistics(), partition.topk())
+        write_class_table(partition, partition.manifest.fold_statistics, partition.topk())
         lease.clean_shutdown = True
 
 
-def write_class_table(partition: Partition, statistics: ClassStatistics, topk: int) -> None:
-    """Writes `class_stats.parquet`."""
-    content = encode_parquet(class_table(statistics, partition.labels, topk))
-    partition.storage.write(f"{partition.uri}/{CLASS_STATS}", content)
+def write_class_table(partition: Partition, fold: Callable[[], ClassStatistics], topk: int) -> None:
+    """Writes `class_stats.parquet`; folds again if another run has written the file since the fold."""
+
+    def content(version: str) -> bytes:
+        return encode_parquet(class_table(fold(), partition.labels, topk))
+
+    partition.storage.update(f"{partition.uri}/{CLASS_STATS}", content)
 
 
 def write_report(
@@ -137,4 +141,6 @@ def write_report(
     comparisons = [compare_label_sets(other, labels) for other in others]
     if previous is not None:
         comparisons.insert(0, previous)
-    return write_page(partition, record, statistics, comparisons, output)
+    output = f"{partition.uri}/{REPORT}" if output is None else normalize_uri(output)
+    partition.storage.write(output, render_report(partition, record, statistics, comparisons))
+    return output

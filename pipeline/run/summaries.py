@@ -8,32 +8,48 @@ import pyarrow as pa
 
 from pipeline.classify import GALLERY_CLASSES
 from pipeline.predictions import prediction_path
-from pipeline.report import GALLERY_FILE, read_gallery, write_gallery, write_report
+from pipeline.report import GALLERY_FILE, encode_gallery, read_gallery, render_report
 from pipeline.run.gate import check_gate, find_run_pair
 from pipeline.run.recording import RunContext
-from pipeline.run.stored import write_class_table
-from pipeline.statistics import ClassStatistics
+from pipeline.run.stored import REPORT, write_class_table
+from pipeline.statistics import ClassStatistics, Comparison
 from pipeline.storage import ABSENT, StorageError
 
 logger = logging.getLogger("cvt_label")
 
 
 def summarize(run: RunContext) -> None:
-    """Writes class statistics, gallery and report, and checks the limits of the gate."""
-    runs, partition = find_run_pair(run), run.result.partition
-    statistics, previous = runs.fold_statistics()
-    run.result.statistics = statistics
-    write_class_table(partition, statistics, run.result.job.topk)
-    check_gate(run, runs, previous)
-    run.record_counts()
-    _update_gallery(run, statistics)
-    values = run.record.values | {"ended_at": datetime.now(UTC).isoformat()}
-    try:
-        write_report(partition, values, statistics, [previous] if previous else [])
-    except StorageError:
-        raise
-    except Exception:  # must not fail a run whose labels are written
-        logger.exception("the report could not be written; the labels are complete")
+    """Writes class statistics, gallery and report, and checks the limits of the gate.
+
+    Runs of other shares may do the same. A write fails, and is repeated with a new fold, if another run has
+    written the file since the fold. So the last write has the labels of all runs that have ended.
+    """
+    runs, result, partition = find_run_pair(run), run.result, run.result.partition
+    previous: Comparison | None = None
+
+    def fold() -> ClassStatistics:
+        nonlocal previous
+        result.statistics, previous = runs.fold_statistics()
+        return result.statistics
+
+    def page(version: str) -> bytes | None:
+        is_first = result.statistics is None
+        write_class_table(partition, fold, result.job.topk)
+        assert result.statistics is not None
+        check_gate(run, runs, previous)
+        run.record_counts()
+        if is_first:
+            _update_gallery(run, result.statistics)
+        values = run.record.values | {"ended_at": datetime.now(UTC).isoformat()}
+        try:
+            return render_report(partition, values, result.statistics, [previous] if previous else [])
+        except StorageError:
+            raise
+        except Exception:  # must not fail a run whose labels are written
+            logger.exception("the report could not be written; the labels are complete")
+            return None
+
+    partition.storage.update(f"{partition.uri}/{REPORT}", page)
 
 
 def has_unwanted_gallery(run: RunContext) -> bool:
@@ -50,9 +66,13 @@ def _update_gallery(run: RunContext, statistics: ClassStatistics) -> None:
         return
     removed = {*run.record.values["removed"], *run.result.rolled_back}
     frequent = np.argsort(-statistics.count, kind="stable")[:GALLERY_CLASSES].tolist()
-    previous = read_gallery(storage, uri)
-    copied = _copied_thumbnails(run, previous)
-    write_gallery(storage, uri, run.gallery.merge(previous, removed, set(frequent), copied))
+
+    def merged(version: str) -> bytes:
+        previous = read_gallery(storage, uri)
+        copied = _copied_thumbnails(run, previous)
+        return encode_gallery(run.gallery.merge(previous, removed, set(frequent), copied))
+
+    storage.update(f"{uri}/{GALLERY_FILE}", merged)
 
 
 def _copied_thumbnails(run: RunContext, gallery: pa.Table) -> pa.Table:

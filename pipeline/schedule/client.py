@@ -179,6 +179,8 @@ class Submission:
         settings = config.label_settings | {"class_names": config.model.labels}
         if config.input.exclude or not isinstance(config.input.uri, str):
             settings["dataset"] = [config.input.uri, config.input.exclude]
+        if config.run.share is not None:
+            settings["share"] = config.run.share
         return {
             "input": str(config.input.inputs),
             "output": config.output.uri,

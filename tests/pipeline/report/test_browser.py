@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pipeline.classify import HIGHEST_CONFIDENCE
-from pipeline.report import write_gallery
+from pipeline.report import encode_gallery
 from pipeline.storage import Storage
 from tests.makers import make_image
 from tests.pipeline.report.test_report import HOSTILE_TEXTS, make_gallery, make_partition, report
@@ -95,7 +95,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (i, label, HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", i, label, picture)
         for i, label in enumerate(HOSTILE_TEXTS)
     ]
-    write_gallery(Storage(), uri, make_gallery(items))
+    Storage().write(f"{uri}/gallery.parquet", encode_gallery(make_gallery(items)))
     return report(uri)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE, Thumbnails
 from pipeline.read import Chunk, Shard
-from pipeline.report import Gallery, read_gallery, write_gallery
+from pipeline.report import Gallery, encode_gallery, read_gallery
 from pipeline.report.gallery import MEMORY_SCHEMA, select_best
 from pipeline.storage import Storage, StorageError
 
@@ -182,7 +182,7 @@ def test_number_of_thumbnails_in_memory_is_limited() -> None:
 def test_written_gallery_reads_back_equal(tmp_path: Path) -> None:
     storage, rows = Storage(), gallery(item(0.5), item(0.25))
     assert read_gallery(storage, str(tmp_path)).equals(NO_ROWS)
-    write_gallery(storage, str(tmp_path), rows)
+    storage.write(f"{tmp_path}/gallery.parquet", encode_gallery(rows))
     assert read_gallery(storage, str(tmp_path)).equals(rows)
     storage.write(f"{tmp_path}/gallery.parquet", b"something else")
     with pytest.raises(StorageError, match="not a gallery"):

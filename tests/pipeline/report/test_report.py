@@ -14,8 +14,7 @@ import pytest
 
 from pipeline.classify import HIGHEST_CONFIDENCE, LOWEST_CONFIDENCE
 from pipeline.commit import Partition
-from pipeline.report import GALLERY_SCHEMA, write_gallery
-from pipeline.report import write_report as write_page
+from pipeline.report import GALLERY_SCHEMA, encode_gallery, render_report
 from pipeline.run import write_report
 from pipeline.storage import Storage, StorageError
 from tests.partitions import make_predictions, write_partition
@@ -191,7 +190,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 def test_labels_and_images_come_before_quality_failures_and_throughput(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
     item = 0, "a", HIGHEST_CONFIDENCE, 0.9, "/in/a.tar", 0, "key", b"\xff\xd8thumbnail"
-    write_gallery(Storage(), partition.uri, make_gallery([item]))
+    Storage().write(f"{partition.uri}/gallery.parquet", encode_gallery(make_gallery([item])))
     elements = Elements(report(partition.uri).read_text())
     ids = [attributes["id"] for tag, attributes in elements.found if tag == "section"]
     assert ids == ["classes", "gallery", "accuracy", "comparison-0", "failures", "throughput", "run"]
@@ -217,7 +216,7 @@ def test_gallery_is_shown_with_escaped_text(tmp_path: Path) -> None:
         (0, HOSTILE_TEXTS[0], selection, score, "/in/a.tar", 1, HOSTILE_TEXTS[1], b"\xff\xd8thumbnail")
         for selection, score in scores.items()
     ]
-    write_gallery(Storage(), partition.uri, make_gallery(items))
+    Storage().write(f"{partition.uri}/gallery.parquet", encode_gallery(make_gallery(items)))
     path = report(partition.uri)
     elements = Elements(path.read_text())
     images = [attributes for tag, attributes in elements.found if tag == "img"]
@@ -249,12 +248,12 @@ def test_limited_reading_of_causes_is_stated(tmp_path: Path, monkeypatch: pytest
     write_partition(Storage(), uri, ["a"], [first, second], RECORD)
     partition = Partition.open(Storage(), uri)
     stats = partition.manifest.fold_statistics()
-    text = text_of(Path(write_page(partition, RECORD, stats)).read_text())
+    text = text_of(render_report(partition, RECORD, stats).decode())
     assert "3 samples in 2 shards could not be labeled. By cause: 2 \xd7 empty" in text
     assert "/in/b.tar: k1 cut off" in text
     assert "<script>" not in text  # the run's record has hostile causes
     monkeypatch.setattr("pipeline.report.sections.MAX_FILES", 1)
-    text = text_of(Path(write_page(partition, RECORD, stats)).read_text())
+    text = text_of(render_report(partition, RECORD, stats).decode())
     assert "The causes cover 2 samples of the 1 shard with the most errors. By cause: 2 \xd7 empty" in text
 
 
@@ -302,7 +301,7 @@ def test_heading_of_a_comparison_names_the_reference(tmp_path: Path) -> None:
 def test_throughput_is_shown_for_runs_with_a_steady_state_only(tmp_path: Path, rate: float | None) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
     record = RECORD | {"images_per_s": rate}
-    text = text_of(Path(write_page(partition, record, partition.manifest.fold_statistics())).read_text())
+    text = text_of(render_report(partition, record, partition.manifest.fold_statistics()).decode())
     assert ("Images per second1,234.5" in text) == (rate is not None)
 
 
@@ -312,11 +311,9 @@ def test_missing_record_is_named(tmp_path: Path) -> None:
         write_report(partition, "20260101T000000.000000Z-ffffff")
 
 
-def test_report_without_comparisons_can_be_written_at_any_time(tmp_path: Path) -> None:
+def test_report_without_comparisons_can_be_rendered_at_any_time(tmp_path: Path) -> None:
     partition = make_partition(tmp_path, ["a", "b"])
-    written = write_page(partition, RECORD, partition.manifest.fold_statistics())
-    assert written == f"{partition.uri}/report.html"
-    text = text_of(Path(written).read_text())
+    text = text_of(render_report(partition, RECORD, partition.manifest.fold_statistics()).decode())
     assert "Labeled images792all runs" in text
     assert "Comparison with" not in text
 
@@ -326,4 +323,4 @@ def test_class_statistics_of_the_page_are_the_given_ones(tmp_path: Path) -> None
     partition = make_partition(tmp_path, ["a", "b"])
     stats = partition.manifest.fold_statistics()
     stats.count[:] = [123_456, 1]
-    assert "123,456" in Path(write_page(partition, RECORD, stats)).read_text()
+    assert "123,456" in render_report(partition, RECORD, stats).decode()

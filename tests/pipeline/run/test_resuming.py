@@ -164,7 +164,7 @@ def test_failed_report_does_not_fail_the_run(
 
     root = str(tmp_path)
     write(root, "0.tar", 0)
-    monkeypatch.setattr(summaries, "write_report", fail)
+    monkeypatch.setattr(summaries, "render_report", fail)
     assert label(config(root)).is_complete
     assert "the report could not be written" in caplog.text
     assert record(label(config(root)))["status"] == "complete"
