@@ -1,9 +1,9 @@
 """Random kills, faults and restarts of labeling jobs, for several rounds: `make soak ROUNDS=50 SEED=7`.
 
-In every round the input changes, and one or two jobs label it on a real S3 server, through a proxy that
-injects faults. Most jobs are killed or stopped at a random time. Every few rounds the job runs on a real Ray,
-whose workers are killed too. After each round, the view of a reader is checked. At the end an undisturbed run
-labels the remaining shards. Then every sample of the input must be labeled exactly once.
+In every round the input changes, and some jobs label it, or shares of it, on a real S3 server, through a
+proxy that injects faults. Most jobs are killed or stopped at a random time. Every few rounds the job runs on
+a real Ray, whose workers are killed too. After each round, the view of a reader is checked. At the end an
+undisturbed run labels the remaining shards. Then every sample of the input must be labeled exactly once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tests.pipeline import crashing
 ROOT = "s3://soak"
 TARS = 12
 _MAX_RUN_S = 720
+#: Shares of the jobs of a round without Ray.
+_SHARES = (["1/1"], ["1/1"], ["1/1", "1/1"], ["1/2", "2/2"], ["1/2", "2/3"], ["3/3", "1/3", "2/3"])
 #: Exit statuses that a run may have after a signal; 1 is a KeyboardInterrupt.
 _STATUSES = {
     "none": {0},
@@ -144,11 +146,13 @@ def _line(soak: Soak, proxy: FaultProxy) -> str:
 
 
 def _round(soak: Soak, storage: Storage, url: str) -> None:
-    """Runs one or two jobs without Ray, each with its own end; leases are ignored."""
+    """Runs some jobs without Ray, each with its own share and end; live leases are ignored."""
     fields = [f"storage.endpoint_url={url}", *_fields(), "run.flush_interval_s=0.2", "run.grace_period_s=0.3"]
     jobs = []
-    for _ in range(soak.random.choice([1, 1, 2])):
-        job = crashing.start(fields, Selection(prune=soak.random.random() < 0.2))
+    for share in soak.random.choice(_SHARES):
+        soak.events["run of a share"] += share != "1/1"
+        selection = Selection(prune=soak.random.random() < 0.2)
+        job = crashing.start([*fields, f"run.share={share}"], selection)
         jobs.append((job, soak.random.choice(["none", "SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"])))
     if len(jobs) > 1:
         soak.events["overlapping run"] += 1

@@ -20,7 +20,7 @@ class Share:
     @classmethod
     def parse(cls, text: str | None) -> Share:
         """Returns a share such as `2/8`; of None, the whole. Raises `ValueError`."""
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text or "1/1", re.ASCII)
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", "1/1" if text is None else text, re.ASCII)
         share = cls(*map(int, found.groups())) if found else cls(0, 0)
         if not 1 <= share.index <= share.count:
             raise ValueError("must be i/n, where i is from 1 to n, such as 2/8")

@@ -37,7 +37,7 @@ class ShardState(StrEnum):
 
 @dataclass
 class Plan:
-    """The plan of a run. With a share, no attribute but `listing` has shards of other shares.
+    """The plan of a run: of its share, except for `listing`, `groups` and `files`.
 
     Attributes:
         listing: the listing of the input, which has counts of the ignored objects.
@@ -56,12 +56,14 @@ class Plan:
             labels stay until the file is read: it may be unreadable.
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
+        groups: groups of image files of other inputs that this input replaces, in every share.
         files: the files and tables of the input.
     """
 
     listing: ShardListing
     selection: Selection
     share: Share = WHOLE
+    groups: Collection[str] = ()
     shards: list[Shard] = field(default_factory=list)
     states: Counter[ShardState] = field(default_factory=Counter)
     skipped: list[ManifestRow] = field(default_factory=list)
@@ -83,8 +85,7 @@ class Plan:
         if self.share.count == 1:
             return True
         if shard.format == "images":
-            root = self.listing.inputs.root_of(shard.uri)
-            return not root or self.share.contains(root)  # without a root: a group of another input
+            return shard.uri in self.groups or self.share.contains(shard.uri.rpartition("/")[0])
         table = _find_in(shard.uri, self.listing.tables) or _find_in(shard.uri, self.files)
         return self.share.contains(table or whole_file(shard.uri))
 
@@ -151,7 +152,7 @@ def plan(
 
     With `keep`, the readable parts of damaged shards are due. For `groups`, see `find_replaced_groups`.
     """
-    planned, images, seen = Plan(listing, selection, share), Counter[ShardState](), set[str]()
+    planned, images, seen = Plan(listing, selection, share, groups), Counter[ShardState](), set[str]()
     formats, files, unlabeled = set[str | None](), planned.files, set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:

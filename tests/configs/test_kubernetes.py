@@ -45,6 +45,8 @@ CLUSTERS: dict[str, Json] = {
 CLUSTER = CLUSTERS["raycluster.yaml"]
 CRON = MANIFESTS["cronjob.yaml"][0]["spec"]
 CRON_POD = CRON["jobTemplate"]["spec"]["template"]["spec"]
+INDEXED = MANIFESTS["indexedjob.yaml"][0]["spec"]
+INDEXED_POD = INDEXED["template"]["spec"]
 #: Mappings with arbitrary keys: names of labels, files, resources and parameters.
 FREE = {"annotations", "labels", "data", "nodeSelector", "requests", "limits", "rayStartParams"}
 FREE |= {"matchLabels"}
@@ -108,7 +110,10 @@ def test_every_manifest_is_valid(document: Json) -> None:
 @pytest.mark.usefixtures("_schemas")
 @pytest.mark.parametrize(
     "name",
-    ["rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "podmonitor.yaml", "protection.yaml"],
+    [
+        "rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "indexedjob.yaml", "podmonitor.yaml",
+        "protection.yaml",
+    ],  # fmt: skip
 )
 def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
     document = copy.deepcopy(MANIFESTS[name][0])
@@ -165,12 +170,15 @@ def commands() -> dict[str, str]:
     return {
         "rayjob.yaml": MANIFESTS["rayjob.yaml"][0]["spec"]["entrypoint"],
         "cronjob.yaml": CRON_POD["containers"][0]["command"][2].partition("||")[0],
+        "indexedjob.yaml": INDEXED_POD["containers"][0]["command"][2].replace(
+            "$((JOB_COMPLETION_INDEX + 1))", "1"
+        ),
     }
 
 
 def pods() -> dict[str, Json]:
     """Returns the specifications of all pods, by manifest and group."""
-    found = {"cronjob.yaml submit": CRON_POD}
+    found = {"cronjob.yaml submit": CRON_POD, "indexedjob.yaml gpu": INDEXED_POD}
     for name, cluster in CLUSTERS.items():
         found[f"{name} head"] = cluster["headGroupSpec"]["template"]["spec"]
         for group in cluster["workerGroupSpecs"]:
@@ -197,6 +205,36 @@ def test_job_name_of_the_cronjob_is_a_valid_idempotency_key() -> None:
     job = f"{MANIFESTS['cronjob.yaml'][0]['metadata']['name']}-29384720"  # minutes since 1970
     config = load_config(Config, None, ["input.uri=/in", "output.uri=/out", "model.path=fashion-mnist"])
     assert Submission(config, job).id.endswith(job)
+
+
+def shown(command: str, index: int) -> list[str]:
+    """Returns the words of a command, as a shell expands them."""
+    environment = {"JOB_COMPLETION_INDEX": str(index), "SLURM_ARRAY_TASK_ID": str(index)}
+    echo = re.sub("^exec", "printf '%s\\n'", command, flags=re.M)
+    done = subprocess.run(
+        ["/bin/sh", "-c", echo], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split("\n")
+
+
+def test_pods_of_the_indexed_job_label_every_share_once() -> None:
+    command, count = INDEXED_POD["containers"][0]["command"][2], INDEXED["completions"]
+    shares = [shown(command, index)[-2] for index in range(count)]  # an empty line is last
+    assert shares == [f"run.share={index}/{count}" for index in range(1, count + 1)]
+    assert "--wait" in command
+
+
+def test_commands_of_the_docs_label_every_share_once() -> None:
+    page = (ROOT / "docs/how-to/divide.md").read_text()
+    (slurm,) = re.findall(r"^#SBATCH --array=1-(\d+)$", page, re.M)
+    (command,) = re.findall(r"^exec .*$", page, re.M)
+    shares = [shown(command, index)[-2] for index in range(1, int(slurm) + 1)]
+    assert shares == [f"run.share={index}/{slurm}" for index in range(1, int(slurm) + 1)]
+    (count, edit) = re.findall(r"seq (\d+)\); do\n  (sed .*rayjob\.yaml)", page)[0]
+    loop = f"for i in $(seq {count}); do {edit}; done"
+    done = subprocess.run(["/bin/sh", "-c", loop], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = re.findall(r"^  entrypoint: .* --wait --set (run\.share=\S+)$", done.stdout, re.M)
+    assert found == [f"run.share={index}/{count}" for index in range(1, int(count) + 1)]
 
 
 def test_only_overlapping_attempts_wait_for_each_other() -> None:
@@ -512,6 +550,6 @@ def test_only_head_is_on_demand_and_only_gpu_workers_request_gpus() -> None:
         assert capacity[name] == {"karpenter.sh/capacity-type": "spot"}
         assert {each["key"] for each in pods()[name]["tolerations"]} >= {"karpenter.sh/capacity-type"}
     with_gpu = {name for name in pods() if "nvidia.com/gpu" in str(pods()[name]["containers"])}
-    assert with_gpu == {f"{name} gpu" for name in CLUSTERS}
+    assert with_gpu == {f"{name} gpu" for name in [*CLUSTERS, "indexedjob.yaml"]}
     for name in with_gpu:
         assert "nvidia.com/gpu" in {each["key"] for each in pods()[name]["tolerations"]}

@@ -71,15 +71,15 @@ class Place:
         # An image's scores may depend on its batch by rounding, and a copied row keeps its scores.
         return run_fields(self.root, "classify.batch_size=1")
 
-    def run(self, selection: Selection | None = LABEL_NEW) -> None:
+    def run(self, selection: Selection | None = LABEL_NEW, *overrides: str) -> None:
         """Runs the job; without a selection, `stats --rebuild`."""
-        config = load_config(Config, None, self.fields())
+        config = load_config(Config, None, [*self.fields(), *overrides])
         if selection is None:
             rebuild(make_job(config).partition)
         else:
             label(config, selection=selection)
 
-    def recorded(self, selection: Selection | None = LABEL_NEW) -> list[Snapshot]:
+    def recorded(self, selection: Selection | None = LABEL_NEW, *overrides: str) -> list[Snapshot]:
         """Runs the job as `run` does; returns the output after each write and each removal."""
         lock, snapshots = threading.Lock(), list[Snapshot]()
 
@@ -95,7 +95,7 @@ class Place:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("write", "delete"):
                 patch.setattr(Storage, name, recording(getattr(Storage, name)))
-            self.run(selection)
+            self.run(selection, *overrides)
         return snapshots
 
     def dies(self, selection: Selection | None, crash: Crash) -> bool:

@@ -16,7 +16,7 @@ from pipeline.commit import lease, manifest_writer
 from pipeline.config import LABEL_NEW, Selection
 from tests.makers import make_tar
 from tests.pipeline.crashing import Crash
-from tests.pipeline.replaying import Place
+from tests.pipeline.replaying import Place, Snapshot
 from tests.runs import small_groups
 
 SAMPLE = Path(__file__).parents[3] / "jobs" / "data" / "fashion-mnist" / "test-0000.tar"
@@ -164,6 +164,44 @@ def test_input_changed_after_a_crash_is_labeled_in_its_current_state(
         assert labels.pop(broken, old[broken]) == old[broken]  # an unreadable shard keeps its old labels
         assert labels == new
         assert place.last_counts()["unreadable_shards"] >= 1
+
+
+#: The shares of the runs that complete the labels after the share 2/2 was killed.
+TAKEOVERS = (["2/2"], ["1/3", "2/3", "3/3"], ["4/4", "2/4"], [None])
+
+
+def share(text: str | None) -> str:
+    return f"run.share={text or 'null'}"
+
+
+@pytest.mark.parametrize("day", ["first day", "second day"])
+def test_share_killed_at_any_write_is_completed_by_other_divisions(
+    place: Place, members: Members, every: int, day: str
+) -> None:
+    """Predictions, manifest and statistics equal those of one driver."""
+    place.put("in", first_day(members))
+    start: Snapshot = {}
+    if day == "second day":
+        place.run()
+        start = place.snapshot()
+        place.put("in", second_day(members))
+    place.run()
+    end, labels = place.end_state(), place.labels()
+    place.restore(start)
+    old = place.labels()
+    place.run(LABEL_NEW, share("1/2"))
+    half = place.labels()
+    states = place.recorded(LABEL_NEW, share("2/2"))
+    assert place.end_state() == end
+    assert len(states) > 10
+    for number, state in enumerate(states[::every]):
+        place.restore(state)
+        for uri, rows in place.labels().items():
+            assert rows in (old.get(uri), labels.get(uri)), uri
+            assert uri not in half or half[uri] == rows or half[uri] == old.get(uri), uri
+        for text in TAKEOVERS[number % len(TAKEOVERS)]:
+            place.run(LABEL_NEW, share(text))
+        assert place.end_state() == end, TAKEOVERS[number % len(TAKEOVERS)]
 
 
 def test_rebuild_killed_at_any_write_is_repaired(place: Place, members: Members) -> None:

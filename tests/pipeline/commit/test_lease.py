@@ -15,6 +15,7 @@ import pytest
 from jobs.local_s3 import LocalS3
 from pipeline.commit import Lease, LeaseHeldError, LeaseLostError, was_clean_shutdown
 from pipeline.commit.lease import LeaseContent
+from pipeline.config import WHOLE, Share
 from pipeline.storage import ObjectInfo, Storage, StorageError
 from tests.fault_proxy import FaultProxy
 
@@ -28,14 +29,14 @@ def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
     return Lease(Storage(), place, run, seconds, **options)
 
 
-def write_lease_of_dead_run(place: str, seconds: float) -> None:
+def write_lease_of_dead_run(place: str, seconds: float, name: str = "lease") -> None:
     until = datetime.now(UTC) + timedelta(seconds=seconds)
     state = LeaseContent(run="dead", holder="host", expires_at=until, state="held")
-    Storage().write(f"{place}/lease.json", state.model_dump_json().encode())
+    Storage().write(f"{place}/{name}.json", state.model_dump_json().encode())
 
 
-def state(place: str) -> dict[str, str]:
-    return dict(json.loads(Storage().read(f"{place}/lease.json")))
+def state(place: str, name: str = "lease") -> dict[str, str]:
+    return dict(json.loads(Storage().read(f"{place}/{name}.json")))
 
 
 def test_second_run_is_rejected_with_the_holder_and_the_expiry(place: str) -> None:
@@ -195,3 +196,60 @@ def test_interrupt_before_the_lease_is_acquired_writes_nothing(
     with pytest.raises(KeyboardInterrupt), Lease(Storage(), str(tmp_path), "run", 60).held():
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_shares_of_one_division_are_held_at_the_same_time(place: str) -> None:
+    leases = [make(place, f"run-{i}", share=Share(i, 3)) for i in (1, 2, 3)]
+    assert [lease.acquire() for lease in leases] == [True, True, True]
+    for lease in leases:
+        lease.verify()
+        lease.release(clean_shutdown=True)
+    assert was_clean_shutdown(Storage(), place)
+
+
+@pytest.mark.parametrize("share", [WHOLE, Share(2, 3), Share(1, 2), Share(5, 6)])
+def test_share_is_rejected_while_an_overlapping_one_is_held(place: str, share: Share) -> None:
+    first = make(place, "run-1", share=Share(2, 3))
+    first.acquire()
+    with pytest.raises(LeaseHeldError, match=r"lease-2-of-3\.json: run run-1 "):
+        make(place, "run-2", share=share).acquire()
+    first.release(clean_shutdown=True)
+    second = make(place, "run-2", share=share)
+    assert second.acquire()
+    second.release(clean_shutdown=True)
+
+
+@pytest.mark.parametrize("is_clean", [True, False])
+def test_lease_of_another_division_is_taken_over_after_it_expired(place: str, is_clean: bool) -> None:
+    write_lease_of_dead_run(place, -1, "lease-2-of-3")
+    other = make(place, "other", share=Share(1, 3))
+    assert other.acquire()  # has no shard of the dead run
+    other.release(clean_shutdown=True)
+    first = make(place, "run-1", share=Share(1, 2))
+    assert not first.acquire()
+    assert (state(place, "lease-2-of-3")["run"], state(place, "lease-2-of-3")["state"]) == (
+        "run-1",
+        "unfinished",
+    )
+    first.release(is_clean)
+    for share in (Share(2, 3), WHOLE):
+        assert was_clean_shutdown(Storage(), place, share) == is_clean
+    second = make(place, "run-2", share=Share(2, 3))
+    assert second.acquire() == is_clean
+    second.release(clean_shutdown=True)
+
+
+def test_delayed_run_learns_that_another_division_has_taken_over(place: str) -> None:
+    storage = Suspended()
+    storage.resumed.set()
+    zombie = Lease(storage, place, "zombie", seconds=0.3, share=Share(2, 3))
+    zombie.acquire()
+    storage.resumed.clear()
+    whole = make(place, "whole", poll_s=0.05)
+    whole.acquire(wait=True)
+    storage.resumed.set()
+    with pytest.raises(LeaseLostError, match=r"lease-2-of-3\.json: another run has taken over"):
+        check_until_lost(zombie)
+    zombie.release(clean_shutdown=True)
+    whole.release(clean_shutdown=True)
+    assert was_clean_shutdown(Storage(), place)

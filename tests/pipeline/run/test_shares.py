@@ -1,0 +1,231 @@
+"""Runs of several shares of one dataset: together they do exactly what one run does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.commit import LeaseHeldError
+from pipeline.config import LABEL_NEW, Selection, Share
+from pipeline.report import read_gallery
+from pipeline.run import RunResult, ShardState, label, plan_run, summaries
+from pipeline.storage import Storage
+from tests.makers import make_image, make_parquet, make_tar
+from tests.partitions import manifest_rows
+from tests.pipeline import crashing
+from tests.pipeline.replaying import Place
+from tests.runs import run_config, small_groups
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_groups(monkeypatch)
+
+
+def write_tars(root: str, *numbers: int, count: int = 6) -> None:
+    for number in numbers:
+        images = [(f"{i}.jpg", make_image(number * 100 + i)) for i in range(count)]
+        Storage().write(f"{root}/in/{number:02d}.tar", make_tar(images))
+
+
+def run(root: str, share: str | None, *fields: str, selection: Selection = LABEL_NEW) -> RunResult:
+    return label(run_config(root, f"run.share={share or 'null'}", *fields), selection)
+
+
+def planned(root: str, share: str, *fields: str) -> list[str]:
+    shards = plan_run(run_config(root, f"run.share={share}", *fields)).plan.shards
+    return [shard.uri.removeprefix(f"{root}/in/") for shard in shards]
+
+
+def statistics(root: str) -> bytes:
+    [info] = [info for info in Storage().list(f"{root}/out") if info.uri.endswith("class_stats.parquet")]
+    return Storage().read(info.uri)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> str:
+    """Tars, a divided Parquet file and image files."""
+    root = str(tmp_path)
+    write_tars(root, *range(12))
+    parquet = make_parquet({"image": [make_image(i) for i in range(24)]}, row_group_size=2)
+    Storage().write(f"{root}/in/x.parquet", parquet)
+    for i in range(30):
+        Storage().write(f"{root}/in/sub/{i:03d}.jpg", make_image(i))
+    return root
+
+
+def test_shares_are_disjoint_and_complete_and_do_not_divide_files(mixed: str) -> None:
+    fields = ["read.split_bytes=8000"]
+    everything = planned(mixed, "1/1", *fields)
+    assert len([uri for uri in everything if uri.startswith("x.parquet/")]) > 2
+    assert len([uri for uri in everything if uri.startswith("sub/") or uri.startswith("images-")]) > 3
+    shares = [planned(mixed, f"{i}/4", *fields) for i in range(1, 5)]
+    assert sorted(uri for share in shares for uri in share) == sorted(everything)
+    for kind in ("x.parquet/", "images-"):
+        assert sum(any(uri.startswith(kind) for uri in share) for share in shares) == 1
+
+
+def test_image_files_are_divided_by_the_uris_of_the_input(tmp_path: Path) -> None:
+    root, folders = str(tmp_path), [f"{tmp_path}/in/{letter}" for letter in "abcdefgh"]
+    for i, folder in enumerate(folders):
+        Storage().write(f"{folder}/{i}.jpg", make_image(i))
+    for uris in (json.dumps(folders), f"{root}/in/{{a,b,c,d,e,f,g,h}}"):
+        shares = [planned(root, f"{i}/2", f"input.uri={uris}") for i in (1, 2)]
+        assert sum(map(len, shares)) == 8
+        assert all(shares)
+    assert not all(planned(root, f"{i}/2") for i in (1, 2))
+
+
+def test_image_files_that_another_input_has_labeled_are_labeled_once(tmp_path: Path) -> None:
+    """The parent folder was labeled; its groups have images of both shares."""
+    root, place = str(tmp_path), Place(str(tmp_path))
+    for i in range(30):
+        Storage().write(f"{root}/in/{'abc'[i % 3]}/{i:03d}.jpg", make_image(i))
+    run(root, None)
+    uris = f"input.uri={root}/in/{{a,b,c}}"
+    for i in (1, 2):
+        assert planned(root, f"{i}/2", uris)
+        run(root, f"{i}/2", uris)
+        place.labels()  # asserts that no image is labeled twice
+    assert sum(map(len, place.labels().values())) == 30
+    assert planned(root, "1/1", uris) == []
+
+
+def test_shares_end_like_one_run(mixed: str) -> None:
+    place, fields = Place(mixed), ("read.split_bytes=8000",)
+    place.run(LABEL_NEW, *fields)
+    end = place.end_state()
+    gallery = read_gallery(Storage(), plan_run(run_config(mixed, *fields)).job.partition.uri)
+    place.put("out", {})
+    for i in (3, 1, 2):
+        place.run(LABEL_NEW, *fields, f"run.share={i}/3")
+    assert place.end_state() == end
+    assert read_gallery(Storage(), plan_run(run_config(mixed, *fields)).job.partition.uri).equals(gallery)
+    assert planned(mixed, "1/1", *fields) == []
+
+
+@pytest.mark.slow
+def test_three_drivers_at_once_write_what_one_driver_writes(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real S3 server, with an update of the manifest after every second shard."""
+    place = Place(bucket)
+    write_tars(bucket, *range(24))
+    for i in range(30):
+        Storage().write(f"{bucket}/in/sub/{i:03d}.jpg", make_image(i))
+    place.run()
+    end = place.end_state()
+    gallery = read_gallery(Storage(), plan_run(run_config(bucket)).job.partition.uri)
+    place.put("out", {})
+    drivers = [crashing.start([*place.fields(), f"run.share={i}/3"], LABEL_NEW) for i in (1, 2, 3)]
+    for driver in drivers:
+        driver.join(300)
+    assert [driver.exitcode for driver in drivers] == [0, 0, 0]
+    assert place.end_state() == end
+    assert read_gallery(Storage(), plan_run(run_config(bucket)).job.partition.uri).equals(gallery)
+    records = [json.loads(data) for name, data in place.objects("out").items() if "/runs/" in name]
+    assert sorted(record["config"]["run"]["share"] for record in records) == ["1/3", "2/3", "3/3"]
+    whole = plan_run(run_config(bucket)).plan
+    assert sum(record["counts"]["shards"] for record in records) == whole.states[ShardState.DONE]
+
+
+def test_share_without_shards_succeeds_and_reports_it(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_tars(root, 0)
+    empty, other = ("1/2", "2/2") if Share(2, 2).contains(f"{root}/in/00.tar") else ("2/2", "1/2")
+    result = run(root, empty)
+    assert result.plan.describe() == f"share {empty} has no shards: the other shares have them"
+    assert (result.is_complete, result.totals.shards) == (True, 0)
+    assert run(root, other).plan.describe() == f"1 shard in share {other}: 1 new; 1 to label"
+    assert run(root, empty).is_complete
+    assert run(root, None).totals.shards == 0
+
+
+def test_deleted_shards_are_pruned_by_their_share_alone(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_tars(root, *range(8))
+    run(root, None)
+    for i in range(8):
+        (tmp_path / "in" / f"{i:02d}.tar").unlink()
+    write_tars(root, 9)
+    uris = [f"{root}/in/{i:02d}.tar" for i in range(8)]
+    own = {uri for uri in uris if Share(1, 2).contains(uri)}
+    assert 0 < len(own) < 8
+    result = run(root, "1/2", selection=Selection(prune=True))
+    assert result.plan.to_prune == own
+    rows = {row.uri: row.deleted for row in manifest_rows(result.partition.manifest)}
+    assert {uri: rows.get(uri) for uri in uris} == {uri: None if uri in own else False for uri in uris}
+
+
+def test_share_is_refused_while_an_overlapping_share_is_labeled(tmp_path: Path) -> None:
+    root, errors, labeled = str(tmp_path), list[str](), list[str]()
+    write_tars(root, *range(8))
+
+    def others(*_: Any) -> None:
+        for share in (None, "1/3", "2/2"):
+            if share in labeled:
+                continue
+            try:
+                run(root, share)
+                labeled.append(str(share))
+            except LeaseHeldError as error:
+                errors.append(str(error))
+
+    label(run_config(root, "run.share=1/2"), on_progress=others)
+    assert labeled == ["2/2"]
+    assert all("lease-1-of-2.json" in error for error in errors)
+    assert planned(root, "1/1") == []
+
+
+@pytest.mark.parametrize("moment", ["before the statistics", "before the report"])
+def test_statistics_and_report_are_complete_after_simultaneous_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The other share ends while this one writes its summaries."""
+    root, place = str(tmp_path), Place(str(tmp_path))
+    write_tars(root, *range(8))
+    place.run()
+    end = place.end_state()
+    place.put("out", {})
+    name = "write_class_table" if moment == "before the statistics" else "render_report"
+    function, calls = getattr(summaries, name), list[str]()
+
+    def interleaved(*arguments: Any) -> Any:
+        calls.append(name)
+        if moment == "before the statistics":
+            partition, fold, topk = arguments
+
+            def late_fold() -> Any:
+                found = fold()
+                if len(calls) == 1:
+                    calls.append("other")
+                    place.run(LABEL_NEW, "run.share=2/2")
+                return found
+
+            return function(partition, late_fold, topk)
+        page = function(*arguments)
+        if len(calls) == 1:
+            place.run(LABEL_NEW, "run.share=2/2")
+        return page
+
+    monkeypatch.setattr(summaries, name, interleaved)
+    place.run(LABEL_NEW, "run.share=1/2")
+    assert place.end_state() == end
+    [page] = [data for path, data in place.objects("out").items() if path.endswith("report.html")]
+    assert b"48" in page
+
+
+def test_drift_is_compared_with_the_same_share(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    write_tars(root, *range(8))
+    first = [run(root, f"{i}/2") for i in (1, 2)]
+    write_tars(root, *range(8, 16))
+    for result, i in zip(first, (1, 2), strict=True):
+        again = run(root, f"{i}/2", "gate.max_psi=1000")
+        assert again.statistics is not None
+        pair = summaries.find_run_pair
+        found = pair.__globals__["RunPair"].find(again.partition, None, again.run)
+        assert (found.previous, list(found.current)) == (result.run, [again.run])
