@@ -185,6 +185,8 @@ class Config(Section):
                 allowed = " or ".join(precisions)
                 message = f"{runtime!r} supports {allowed}, but model.precision is {precision!r}"
                 raise ValueError(f"classify.runtime: {message}")
+        if self.run.share is not None and not self.storage.conditional_writes:
+            raise ValueError("run.share: several runs at once need storage.conditional_writes: true")
         # The sections are frozen, so this cannot assign to their fields.
         object.__setattr__(self, "model", self.model.model_copy(update={"precision": precision}))
         object.__setattr__(self, "decode", self.decode.model_copy(update={"device": decoder}))

@@ -42,7 +42,7 @@ def test_shares_overlap_exactly_if_they_have_a_name_in_common() -> None:
 
 
 @pytest.mark.parametrize(
-    "share", ["0/3", "4/3", "a", "1/0", "1", "-1/3", "1/3/3", "1.0/2", "9999999/9999999", "''"]
+    "share", ["0/3", "4/3", "a", "1/0", "'1'", "-1/3", "1/3/3", "1.0/2", "9999999/9999999", "''"]
 )
 def test_invalid_share_is_an_error_with_the_expected_form(share: str) -> None:
     expected = r"--set run\.share=.*: must be i/n, where i is from 1 to n, such as 2/8"
@@ -52,3 +52,8 @@ def test_invalid_share_is_an_error_with_the_expected_form(share: str) -> None:
 
 def test_share_does_not_change_the_fingerprint() -> None:
     assert run_config("/data", "run.share=2/3").fingerprint("x") == run_config("/data").fingerprint("x")
+
+
+def test_share_without_conditional_writes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--set run\.share=1/2: several runs at once need storage"):
+        run_config("/data", "run.share=1/2", "storage.conditional_writes=false")
