@@ -1,5 +1,6 @@
 """Writes the manifest rows of a run while shards are committed."""
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -18,18 +19,24 @@ class ManifestWriter:
     """
 
     def __init__(
-        self, manifest: Manifest, interval: float, before_write: Callable[[], None] = lambda: None
+        self,
+        manifest: Manifest,
+        interval: float,
+        before_write: Callable[[], None] = lambda: None,
+        drivers: int = 1,
     ) -> None:
         """Creates a writer; calls `before_write` before each update, in any thread.
 
-        Updates are `interval` seconds apart, or more if they would take more than 5 % of the time.
+        Updates are `interval` seconds apart, or more if those of all drivers would take more than 5 % of the
+        time. Drivers that start at once begin at different times: only one of simultaneous updates succeeds.
         """
         self._manifest, self._interval, self._before_write = manifest, interval, before_write
         self._pending: dict[str, ManifestRow] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._writing: Future[None] | None = None
-        self._next = time.monotonic() + interval
+        self._drivers = drivers
+        self._next = time.monotonic() + interval * random.uniform(1, min(drivers, 2))
 
     def add(self, row: ManifestRow) -> None:
         """Adds a row; starts an update if one is due. Raises the `StorageError` of an earlier update."""
@@ -66,4 +73,4 @@ class ManifestWriter:
                 if self._pending.get(uri) is row:
                     del self._pending[uri]
         end = time.monotonic()
-        self._next = end + max(self._interval, 20 * (end - start))
+        self._next = end + max(self._interval, 20 * self._drivers * (end - start))

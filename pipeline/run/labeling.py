@@ -90,7 +90,8 @@ def label(
             counts = {str(state): count for state, count in plan.states.items()}
             record.set(plan=counts | {"to_label": len(plan.shards)}, ignored=ignored)
             result = RunResult(run, job, plan, timings=record.timings)
-            writer = ManifestWriter(job.partition.manifest, config.run.flush_interval_s, record.save)
+            interval = config.run.flush_interval_s
+            writer = ManifestWriter(job.partition.manifest, interval, record.save, share.count)
             context = RunContext(
                 result, prepared, record, lease, writer, on_progress, on_phase, retries_before
             )

@@ -180,6 +180,29 @@ def test_writer_writes_periodically_and_at_the_end(manifest: Manifest) -> None:
     assert len(seen) > 1
 
 
+def test_writers_of_several_drivers_write_less_often(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update takes 20 ms, so that one driver updates every 0.4 s, and each of ten drivers every 4 s."""
+    updates, counts = list[float](), []
+
+    def slow_update(*_: object) -> None:
+        updates.append(time.monotonic())
+        time.sleep(0.02)
+
+    monkeypatch.setattr(Manifest, "update", slow_update)
+    for drivers in (1, 10):
+        updates.clear()
+        writer, end = ManifestWriter(manifest, 0.01, drivers=drivers), time.monotonic() + 2
+        while time.monotonic() < end:
+            writer.add(row(1))
+            time.sleep(0.01)
+        writer.close()
+        counts.append(len(updates))
+    assert counts[0] > 2
+    assert counts[1] == 1
+
+
 def test_writer_that_cannot_write_raises(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     writer = ManifestWriter(Manifest(Storage(), str(tmp_path / "out"), CLASSES), interval=60)
