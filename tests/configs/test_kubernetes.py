@@ -111,9 +111,14 @@ def test_every_manifest_is_valid(document: Json) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "rayjob.yaml", "cronjob.yaml", "access.yaml", "config.yaml", "indexedjob.yaml", "podmonitor.yaml",
+        "rayjob.yaml",
+        "cronjob.yaml",
+        "access.yaml",
+        "config.yaml",
+        "indexedjob.yaml",
+        "podmonitor.yaml",
         "protection.yaml",
-    ],  # fmt: skip
+    ],
 )
 def test_misspelled_field_is_rejected_at_every_level(name: str) -> None:
     document = copy.deepcopy(MANIFESTS[name][0])
