@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,12 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-try:
-    import cykooz_resizer
-except ImportError:  # Linux on ARM, for which there is no wheel
-    cykooz_resizer = None
-
 from cvt.errors import CheckpointError, checkpoint_errors, describe_validation_error, read_text_bytes
+
+# Not an optional package: pixels, and so labels, must not depend on what is installed. pyproject.toml has the
+# same condition.
+if _HAS_SIMD := platform.machine() != "aarch64":  # Linux on ARM, for which there is no wheel
+    import cykooz_resizer
 
 FILE_NAME = "preprocessor_config.json"
 
@@ -48,7 +49,7 @@ TORCH_FILTERS: dict[int, str] = {Image.Resampling.BICUBIC: "bicubic", Image.Resa
 # Pillow's filters in cykooz-resizer, which uses SIMD. Its weights have 16 bits instead of 22, so one value in
 # 300 differs from Pillow's, by one or two gray levels.
 _SIMD_FILTERS: dict[int, Any] = {}
-if cykooz_resizer is not None:
+if _HAS_SIMD:
     _convolution, _filters = cykooz_resizer.ResizeAlg.convolution, cykooz_resizer.FilterType
     _SIMD_FILTERS = {
         Image.Resampling.BILINEAR: _convolution(_filters.bilinear),
