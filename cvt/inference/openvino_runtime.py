@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,16 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def _core() -> Any:
+    """Returns the core of this process, which is never deleted.
+
+    OpenVINO's CPU plugin sets an alternate signal stack in the thread that creates it, and frees the stack when
+    the plugin is deleted, in any thread. The next signal would then end the process with a segmentation fault.
+    """
+    return import_openvino().Core()
+
+
 class OpenVinoRuntime:
     """Computes features in OpenVINO, with one request per thread, and the head in PyTorch.
 
@@ -51,8 +62,7 @@ class OpenVinoRuntime:
         part_size: int,
         threads: int,
     ) -> None:
-        openvino = import_openvino()
-        core = openvino.Core()
+        openvino, core = import_openvino(), _core()
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in _HINTS or (precision == "bf16" and "BF16" not in capabilities):
             raise ValueError(f"runtime 'openvino' does not support precision {precision!r} on this CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from typing import Any
 
@@ -70,6 +71,23 @@ def test_openvino_in_half_precision_is_close_to_the_model() -> None:
     engine = make_engine(model, runtime="openvino", precision="bf16")
     assert_equals_model(engine, model, tolerance=0.2)
     assert all(len(np.unique(row)) > 990 for row in engine(IMAGES).logits)
+
+
+@needs_openvino
+def test_signal_arrives_after_a_thread_deleted_the_engine() -> None:
+    program = """
+import signal, threading
+from tests.cvt.inference.small import make_engine
+
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+engines = [make_engine(runtime="openvino")]
+deleting = threading.Thread(target=engines.clear)
+deleting.start()
+deleting.join()
+signal.raise_signal(signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_missing_openvino_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
