@@ -41,8 +41,8 @@ def import_openvino() -> Any:
 def _core() -> Any:
     """Returns the core of this process, which is never deleted.
 
-    OpenVINO's CPU plugin sets an alternate signal stack in the thread that creates it, and frees the stack when
-    the plugin is deleted, in any thread. The next signal would then end the process with a segmentation fault.
+    OpenVINO's CPU plugin sets a signal stack for the thread that creates the plugin, and frees this stack
+    when the plugin is deleted, in any thread. The next signal would then cause a segmentation fault.
     """
     return import_openvino().Core()
 
