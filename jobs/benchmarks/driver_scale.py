@@ -6,6 +6,7 @@ committer, the prediction files and the manifest are real.
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import sys
@@ -326,6 +327,5 @@ def _manifest_rows(count: int, statistics: bytes) -> Iterator[ManifestRow]:
 
 if __name__ == "__main__":
     # Workers of Ray import the classes of this module by its name, which is not `__main__`.
-    from jobs.benchmarks import driver_scale
-
-    run_as_section({"driver": driver_scale.measure_driver, "planning": driver_scale.measure_planning})
+    module = importlib.import_module("jobs.benchmarks.driver_scale")
+    run_as_section({"driver": module.measure_driver, "planning": module.measure_planning})

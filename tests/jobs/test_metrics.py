@@ -17,7 +17,7 @@ from tests.command import invoke
 from tests.partitions import make_predictions, write_partition
 from tests.ray_head import REPOSITORY
 
-RULES = REPOSITORY / "configs" / "prometheus_alerts.yaml"
+RULES = REPOSITORY / "configs/prometheus/alerts.yaml"
 START, END = "2026-11-29T02:00:00+00:00", "2026-11-29T03:30:00+00:00"
 STARTED, ENDED = 1795917600.0, 1795923000.0
 
