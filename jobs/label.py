@@ -30,9 +30,7 @@ def label(
     retry_errors: console.RetryErrorsOption = False,
     relabel: console.RelabelOption = False,
     prune: console.PruneOption = False,
-    no_ray: Annotated[
-        bool, typer.Option("--no-ray", help="Run without Ray: faster for small inputs.")
-    ] = False,
+    no_ray: Annotated[bool, typer.Option("--no-ray", help="Run without Ray, also for large inputs.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for another run on the same partition.")] = False,
 ) -> None:
     """Label the new and changed shards of a dataset.

@@ -328,8 +328,8 @@ def daft(task: Task) -> None:
 
 
 #: This pipeline on Ray and in one process, as its users run it: arguments of `cvt-label label`.
-PIPELINE, IN_PROCESS = "cvt-label", "cvt-label --no-ray"
-COMMANDS: dict[str, list[str]] = {PIPELINE: [], IN_PROCESS: ["--no-ray"]}
+PIPELINE, IN_PROCESS = "cvt-label on Ray", "cvt-label --no-ray"
+COMMANDS: dict[str, list[str]] = {PIPELINE: ["--set", "ray.address=local"], IN_PROCESS: ["--no-ray"]}
 #: The contender that writes no labels.
 ENGINE = "engine alone"
 PEERS = {"ray": ray_data, "dataloader": dataloader, "daft": daft}

@@ -3,7 +3,7 @@
 `dataflow.ray_executor` imports Ray and is imported by its module name.
 """
 
-from pipeline.dataflow.executor import Executor, open_executor
+from pipeline.dataflow.executor import Executor, open_executor, without_cluster
 from pipeline.dataflow.ray_cluster import LOCAL, ClusterError, check_reachable, ray_address
 from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_resources
 from pipeline.dataflow.stages import Stages

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config import IN_PROCESS, RayConfig
-from pipeline.dataflow.ray_cluster import ray_cluster
+from pipeline.dataflow.ray_cluster import LOCAL, ray_address, ray_cluster
 from pipeline.dataflow.resources import ResourceRequest, Resources
 from pipeline.dataflow.stages import Stages
 from pipeline.read import Chunk, Shard
@@ -33,6 +34,12 @@ class Executor(Protocol):
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics | None:
         """Returns the live metrics of a run that labels `planned` shards; None if there are none."""
+
+
+def without_cluster(settings: RayConfig) -> bool:
+    """Returns whether the settings leave it open where to run, and no Ray is running for this process."""
+    is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    return settings.address is None and ray_address(None) == LOCAL and not is_connected
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from functools import partial
 import pyarrow as pa
 
 from pipeline.commit import MAX_CONCURRENT_WRITES, Committer, ManifestRow, PredictionWriter
-from pipeline.config import IN_PROCESS
+from pipeline.config import IN_PROCESS, RayConfig
 from pipeline.dataflow import (
     LOCAL,
     Executor,
@@ -19,6 +19,7 @@ from pipeline.dataflow import (
     graceful_stop,
     open_executor,
     ray_address,
+    without_cluster,
 )
 from pipeline.predictions import carried_column
 from pipeline.read import Chunk, Shard, whole_file
@@ -42,6 +43,9 @@ logger = logging.getLogger("cvt_label")
 
 #: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
 _DIVIDED_BYTES = 64 * 1024**2
+#: Maximum size in bytes, and number of images if it is known, of the shards of a plan that runs in this process
+#: by default: a local Ray takes longer to start than it saves.
+_SMALL_BYTES, _SMALL_IMAGES = 64 * 1024**2, 10_000
 #: Fields of `input` that have no effect without labels.
 _LABEL_SOURCES = ("label_field", "label_column", "label_from", "target_names", "target_map")
 #: Number of unfinished shards that an error message names.
@@ -68,11 +72,12 @@ def label_shards(run: RunContext) -> StopController:
     run.result.totals, run.failures.causes = committer.totals, committer.totals.causes
     _ = job.checkpoint.model  # before workers start: an error of the model ends the run
     run.record.record_time("model_loaded")
-    address = job.config.ray.address
-    if address != IN_PROCESS:
-        run.on_phase(Phase.STARTING_RAY if ray_address(address) == LOCAL else Phase.CONNECTING_TO_RAY)
+    settings = _executor_settings(run)
+    if settings.address != IN_PROCESS:
+        is_local = ray_address(settings.address) == LOCAL
+        run.on_phase(Phase.STARTING_RAY if is_local else Phase.CONNECTING_TO_RAY)
     with (
-        open_executor(job.config.ray) as executor,
+        open_executor(settings) as executor,
         committer,
         graceful_stop(job.config.run.grace_period_s) as stop,
     ):
@@ -92,6 +97,24 @@ def label_shards(run: RunContext) -> StopController:
         if sources and job.config.input.labels and not has_labels:
             logger.warning("%s: no image of this run has a label; check the field", ", ".join(sources))
     return stop
+
+
+def _executor_settings(run: RunContext) -> RayConfig:
+    """Returns the configured settings of Ray; those of this process for a small plan without a cluster.
+
+    A run that did not end may have died from an image that crashes its decoder. Ray isolates decoders.
+    """
+    config, plan = run.result.job.config, run.result.plan
+    is_small = (
+        sum(shard.size for shard in plan.shards) <= _SMALL_BYTES and (plan.images or 0) <= _SMALL_IMAGES
+    )
+    if (
+        not (is_small and run.lease.found_clean_shutdown and without_cluster(config.ray))
+        or config.classify.pools
+    ):
+        return config.ray
+    logger.info("labels in this process: the input is small; to use a local Ray, set ray.address: local")
+    return config.ray.model_copy(update={"address": IN_PROCESS})
 
 
 def _add_copied(run: RunContext, stages: Stages, shard: Shard, samples: pa.Table) -> pa.Table:

@@ -59,7 +59,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
     assert found["settings"]["batch_size"] == 4
     assert {"machine", "versions", "stages_of_last_run"} < set(found)
     rows = {(row["contender"], row["images"]): row for row in found["contenders"]}
-    jobs = list(itertools.product((20, 60), ("cvt-label", "cvt-label --no-ray", "dataloader", "daft")))
+    jobs = list(itertools.product((20, 60), ("cvt-label on Ray", "cvt-label --no-ray", "dataloader", "daft")))
     assert [*rows] == [(name, count) for count, name in jobs] + [("engine alone", 60)]
     for (name, count), row in rows.items():
         if name == "daft":  # may not be installed
@@ -67,7 +67,7 @@ def test_benchmark_compares_contenders_and_writes_json(images: Path, tmp_path: P
         assert row["failure"] is None
         assert 0 < row["first_labels_s"][0] < row["seconds"][0]
         if name != "engine alone":
-            [ours] = rows["cvt-label", count]["seconds"]
+            [ours] = rows["cvt-label on Ray", count]["seconds"]
             assert row["seconds_ratio"] == [pytest.approx(row["seconds"][0] / ours)]
             assert row["images_per_s"] == []  # the run is too short for a steady state
     engine = rows["engine alone", 60]
