@@ -43,8 +43,8 @@ logger = logging.getLogger("cvt_label")
 
 #: Size in bytes from which a file may be divided by another run; only unusual settings divide smaller files.
 _DIVIDED_BYTES = 64 * 1024**2
-#: Maximum size in bytes, and number of images if it is known, of the shards of a plan that runs in this process
-#: by default: a local Ray takes longer to start than it saves.
+#: Maximum size in bytes, and number of images if it is known, of a plan that runs in this process by default:
+#: a local Ray takes longer to start than it saves.
 _SMALL_BYTES, _SMALL_IMAGES = 64 * 1024**2, 10_000
 #: Fields of `input` that have no effect without labels.
 _LABEL_SOURCES = ("label_field", "label_column", "label_from", "target_names", "target_map")

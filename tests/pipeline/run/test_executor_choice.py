@@ -106,9 +106,10 @@ def test_run_after_one_that_did_not_end_is_on_ray(
     def die(*_: object) -> None:
         raise SystemExit(1)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(streaming, "_commit_results", die)
-        run(tmp_path)
+        with pytest.raises(SystemExit):
+            run(tmp_path)
     run(tmp_path)
     run(tmp_path, "output.topk=2")  # of another partition
     assert opened == [IN_PROCESS, None, IN_PROCESS]
