@@ -205,6 +205,8 @@ class Preprocessor:
         if self.size < SQUASH_FROM:
             resized = self.resized_size(*(source or image.size))
             box = self._kept_box(box, resized)
+        if image.size == new_size and box == (0, 0, *new_size):
+            return np.array(image)
         height_first = _height_first(image.size, resized)
         if self.resample in _SIMD_FILTERS:
             return np.array(self._resize_with_simd(image, box, height_first))

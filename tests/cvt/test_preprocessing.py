@@ -210,6 +210,16 @@ def test_line_of_a_million_pixels_is_cropped_to_its_center(length: int) -> None:
         assert read()(image).min() == 255
 
 
+@pytest.mark.parametrize("resample", sorted(SMOOTH_FILTERS))
+@pytest.mark.parametrize("size", [28, 384])
+def test_image_of_the_final_size_stays_as_it_is(size: int, resample: int) -> None:
+    image, config = noise(size, size), published(size=size, crop_pct=1.0, resample=int(resample))
+    pixels = Preprocessor.from_dict(config, "file")(image)
+    np.testing.assert_array_equal(pixels, np.asarray(image))
+    np.testing.assert_array_equal(pixels, transformers_pixels(image, **config))
+    assert pixels.flags.writeable
+
+
 def test_image_that_is_not_rgb_fails() -> None:
     with pytest.raises(ValueError, match="must be in mode RGB, not P"):
         read()(Image.new("P", (8, 8)))
