@@ -61,7 +61,7 @@ def run(
     count: Annotated[
         Any,
         typer.Option(
-            metavar="N[,N...]",
+            metavar="N[,N]",
             parser=_parse_counts,
             help="Numbers of images; each is a job of its own. Images repeat if there are fewer.",
         ),
@@ -99,7 +99,7 @@ def run(
     ] = 3600,
     output: figures.OutputOption = None,
 ) -> None:
-    """Compare the whole job with other tools: seconds from start to end, and rate.
+    """Compare the whole job with other tools.
 
     Each contender reads the same images from S3, labels them with the same weights in its own process, and
     writes the labels to S3: cvt-label on Ray and in one process, its engine alone, and the peers. The labels

@@ -66,10 +66,10 @@ def gpu(
     batch_size: console.BatchSizeOption = 256,
     device: figures.DeviceOption = "auto",
     minutes: Annotated[float, typer.Option(metavar="N", min=0.5, help="Maximum duration in total.")] = 10,
-    sections: Annotated[str, typer.Option(metavar="NAME,...", help="Sections to run, or all.")] = "all",
+    sections: Annotated[str, typer.Option(metavar="NAMES", help="Sections to run, or all.")] = "all",
     output: figures.OutputOption = Path("gpu.json"),
 ) -> None:
-    """Check and measure a machine with a GPU within ten minutes, and write one JSON file.
+    """Check and measure a machine with a GPU.
 
     Checks nvJPEG, precisions, memory, streams and CUDA graphs. Measures the limits of the card, both
     decoders, the engine, and whole jobs, in comparison with transformers. Each section runs in its own

@@ -29,7 +29,7 @@ def scale(
     ] = 30,
     output: figures.OutputOption = None,
 ) -> None:
-    """Measure the limits of one driver: chunks per second, and planning of many shards.
+    """Measure the limits of one driver.
 
     Simulated classifiers return stored results for synthetic shards, with and without decode tasks. Ray Data,
     the committer and the manifest are real. The rows of all committed shards are counted.

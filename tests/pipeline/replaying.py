@@ -84,10 +84,11 @@ class Place:
         lock, snapshots = threading.Lock(), list[Snapshot]()
 
         def recording(action: Callable[..., Any]) -> Callable[..., Any]:
-            def act(*args: Any, **options: Any) -> Any:
+            def act(storage: Storage, uri: str, *args: Any, **options: Any) -> Any:
                 with lock:
-                    result = action(*args, **options)
-                    snapshots.append(self.snapshot(f"state-{secrets.token_hex(4)}"))
+                    result = action(storage, uri, *args, **options)
+                    if uri.startswith(self.root):  # not the cache of checkpoints
+                        snapshots.append(self.snapshot(f"state-{secrets.token_hex(4)}"))
                 return result
 
             return act
