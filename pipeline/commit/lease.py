@@ -139,19 +139,9 @@ class Lease:
         If another run holds the lease, or that of a share that overlaps with this one, raises
         `LeaseHeldError`; with `wait`, calls `on_wait` once with a message, and waits.
         """
-        found: dict[str, Versioned[LeaseContent]] = {}
-        held: list[tuple[str, LeaseContent]] = []
         waited = False
-
-        def claim(version: str) -> bytes | None:
-            nonlocal found, held
-            found = self._find()
-            leases = ((uri, lease.content) for uri, lease in found.items())
-            held = [(uri, lease) for uri, lease in leases if lease.is_live and lease.run != self.run]
-            return None if held else self._content("held")
-
-        while (written := self._storage.update(self.uri, claim)) is None:
-            uri, holder = held[0]
+        while others := self._claim():
+            uri, holder = others[0]
             message = (
                 f"{uri}: run {holder.run} ({holder.holder}) labels this partition and holds the "
                 f"lease until {holder.expires_at:%Y-%m-%d %H:%M:%S} UTC, unless it renews the lease"
@@ -163,12 +153,31 @@ class Lease:
             waited = True
             time.sleep(self._poll_s)
             self.run = new_run_id()
-        self._version = written.version
         self._renewal.start()
-        unclean = {uri: lease.version for uri, lease in found.items() if lease.content.state != "released"}
-        self._taken_over = {uri: version for uri, version in unclean.items() if uri != self.uri}
-        self._mark_taken_over("unfinished")
-        return not unclean
+        return self.found_clean_shutdown
+
+    def _claim(self) -> list[tuple[str, LeaseContent]]:
+        """Writes the lease, unless other runs hold overlapping leases; returns these leases by URI."""
+        found: dict[str, Versioned[LeaseContent]] = {}
+        others: list[tuple[str, LeaseContent]] = []
+
+        def is_free() -> bool:
+            nonlocal found, others
+            found = self._find()
+            leases = ((uri, lease.content) for uri, lease in found.items())
+            others = [(uri, lease) for uri, lease in leases if lease.is_live and lease.run != self.run]
+            return not others
+
+        written = self._storage.update(self.uri, lambda _: self._content("held") if is_free() else None)
+        if written is not None:
+            self._version = written.version
+            unclean = {uri: lease.version for uri, lease in found.items() if lease.content.state != "released"}
+            self.found_clean_shutdown = not unclean
+            self._taken_over = {uri: version for uri, version in unclean.items() if uri != self.uri}
+            self._mark_taken_over("unfinished")
+            if not is_free():  # a run of another division has acquired or renewed its lease meanwhile
+                self._write("unfinished")
+        return others
 
     def check(self) -> None:
         """Raises `LeaseLostError` if another run has taken over the lease."""

@@ -1,6 +1,5 @@
 """Writes the manifest rows of a run while shards are committed."""
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ class ManifestWriter:
         """Creates a writer; calls `before_write` before each update, in any thread.
 
         Updates are `interval` seconds apart, or more if those of all drivers would take more than 5 % of the
-        time. Drivers that start at once begin at different times: only one of simultaneous updates succeeds.
+        time: only one of simultaneous updates succeeds.
         """
         self._manifest, self._interval, self._before_write = manifest, interval, before_write
         self._pending: dict[str, ManifestRow] = {}
@@ -36,7 +35,7 @@ class ManifestWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="manifest")
         self._writing: Future[None] | None = None
         self._drivers = drivers
-        self._next = time.monotonic() + interval * random.uniform(1, min(drivers, 2))
+        self._next = time.monotonic() + interval
 
     def add(self, row: ManifestRow) -> None:
         """Adds a row; starts an update if one is due. Raises the `StorageError` of an earlier update."""

@@ -80,12 +80,14 @@ class Plan:
         """Returns whether a shard, which may be deleted, is in the share of the run.
 
         Shards are in one share if a change of the input may move rows between them: the parts of a file, the
-        ranges of a table, and all groups of image files under one URI of the input.
+        ranges of a table, and all groups of image files under one URI of the input, also those
+        that another input has made.
         """
         if self.share.count == 1:
             return True
         if shard.format == "images":
-            return shard.uri in self.groups or self.share.contains(shard.uri.rpartition("/")[0])
+            root = self.listing.inputs.root_of(shard.uri) or shard.uri.rpartition("/")[0]
+            return shard.uri in self.groups or self.share.contains(root)
         table = _find_in(shard.uri, self.listing.tables) or _find_in(shard.uri, self.files)
         return self.share.contains(table or whole_file(shard.uri))
 

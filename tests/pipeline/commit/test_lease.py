@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -236,6 +237,34 @@ def test_lease_of_another_division_is_taken_over_after_it_expired(place: str, is
         assert was_clean_shutdown(Storage(), place, share) == is_clean
     second = make(place, "run-2", share=Share(2, 3))
     assert second.acquire() == is_clean
+    second.release(clean_shutdown=True)
+
+
+@dataclass(frozen=True)
+class Interleaved(Storage):
+    """Storage that another run uses right before the first write."""
+
+    other: list[Callable[[], object]] = field(default_factory=list, compare=False)
+
+    def write(self, uri: str, data: bytes | BinaryIO, expected: str | None = None) -> ObjectInfo:
+        if self.other:
+            self.other.pop()()
+        return super().write(uri, data, expected)
+
+
+@pytest.mark.parametrize("is_renewal", [False, True])
+def test_one_of_two_divisions_that_acquire_at_the_same_time_is_rejected(place: str, is_renewal: bool) -> None:
+    """Both have found no lease, or one run renews its expired lease while the other takes it over."""
+    other = make(place, "other", share=Share(1, 3))
+    if is_renewal:
+        write_lease_of_dead_run(place, -1, "lease-1-of-3")
+    storage = Interleaved(other=[other.acquire])
+    with pytest.raises(LeaseHeldError, match=r"lease-1-of-3\.json: run other "):
+        Lease(storage, place, "run-1", 60, share=Share(1, 2)).acquire()
+    other.verify()
+    other.release(clean_shutdown=True)
+    second = make(place, "run-2", share=Share(1, 2))
+    assert not second.acquire()  # repairs nothing, but the rejected run cannot know
     second.release(clean_shutdown=True)
 
 

@@ -78,19 +78,22 @@ def test_image_files_are_divided_by_the_uris_of_the_input(tmp_path: Path) -> Non
     assert not all(planned(root, f"{i}/2") for i in (1, 2))
 
 
-def test_image_files_that_another_input_has_labeled_are_labeled_once(tmp_path: Path) -> None:
-    """The parent folder was labeled; its groups have images of both shares."""
+@pytest.mark.parametrize("is_folder_first", [True, False])
+def test_image_files_that_another_input_has_labeled_are_labeled_once(
+    tmp_path: Path, is_folder_first: bool
+) -> None:
+    """Groups of the parent folder have images of both shares; groups of subfolders are of both shares."""
     root, place = str(tmp_path), Place(str(tmp_path))
     for i in range(30):
         Storage().write(f"{root}/in/{'abcd'[i % 4]}/{i:03d}.jpg", make_image(i))
-    run(root, None)
-    uris = f"input.uri={json.dumps([f'{root}/in/{letter}' for letter in 'abcd'])}"
+    inputs = f"{root}/in", json.dumps([f"{root}/in/{letter}" for letter in "abcd"])
+    first, second = (f"input.uri={uri}" for uri in (inputs if is_folder_first else inputs[::-1]))
+    run(root, None, first)
     for i in (1, 2):
-        assert planned(root, f"{i}/2", uris)
-        run(root, f"{i}/2", uris)
+        run(root, f"{i}/2", second)
         place.labels()  # asserts that no image is labeled twice
     assert sum(map(len, place.labels().values())) == 30
-    assert planned(root, "1/1", uris) == []
+    assert planned(root, "1/1", second) == []
 
 
 def test_shares_end_like_one_run(mixed: str) -> None:
