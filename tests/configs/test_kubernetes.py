@@ -322,7 +322,7 @@ def test_objects_named_by_the_manifests_exist() -> None:
 
 
 def test_network_policy_admits_ray_submitters_operator_and_prometheus() -> None:
-    network, head, worker = MANIFESTS["protection.yaml"]
+    network = MANIFESTS["protection.yaml"][0]
     ray, jobs, metrics = network["spec"]["ingress"]
     assert network["spec"]["podSelector"] == ray["from"][0]["podSelector"]
     submitters = jobs["from"][0]["podSelector"]["matchLabels"].items()
@@ -334,7 +334,14 @@ def test_network_policy_admits_ray_submitters_operator_and_prometheus() -> None:
     opened = [port["port"] for rule in (jobs, metrics) for port in rule["ports"]]
     ports = {p["name"]: p["containerPort"] for p in pods()["rayjob.yaml head"]["containers"][0]["ports"]}
     assert opened == [ports["dashboard"], ports["metrics"]]
-    assert [each["spec"]["maxUnavailable"] for each in (head, worker)] == [0, 1]
+
+
+def test_budget_protects_all_heads_without_the_scale_subresource() -> None:
+    """Kubernetes never evicts a pod whose controller lacks this subresource, if its budget needs it."""
+    _, *budgets = MANIFESTS["protection.yaml"]
+    assert [budget["spec"]["selector"]["matchLabels"] for budget in budgets] == [{"ray.io/node-type": "head"}]
+    assert isinstance(budgets[0]["spec"]["minAvailable"], int)
+    assert "maxUnavailable" not in budgets[0]["spec"]
 
 
 def test_cluster_is_deleted_after_each_outcome() -> None:
