@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,9 +31,6 @@ logger = logging.getLogger("cvt_label")
 
 #: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
-
-#: Seconds after which a read task of a pool that must wait asks for shards again.
-_TAKE_INTERVAL_S = 0.5
 
 
 def _on_this_node() -> dict[str, Any]:
@@ -123,10 +119,11 @@ def _read_taken(
     take: Callable[[int, int], ray.ObjectRef[Any]],
     read: Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]],
 ) -> Iterator[pa.Table]:
-    """Reads the shards that the queue gives to this task, which the first of its own shards identifies."""
-    while (shards := ray.get(take(own[0][0], len(own)))) is None:
-        time.sleep(_TAKE_INTERVAL_S)
-    yield from read(shards)
+    """Reads the shards that the queue gives to this task, which the first of its own shards identifies.
+
+    A task that waits for shards in `ray.get` keeps no CPU.
+    """
+    yield from read(ray.get(take(own[0][0], len(own))))
 
 
 def _read_shards(

@@ -1,5 +1,6 @@
 """Divides the shards of a plan among several pools of classifiers; imports no Ray."""
 
+import asyncio
 from collections import deque
 from collections.abc import Sequence
 
@@ -15,22 +16,30 @@ class ShardQueue:
         self._limits = limits
         self._unfinished = [set[int]() for _ in limits]
         self._taken: dict[tuple[int, int], list[tuple[int, Shard]]] = {}
+        self._changed = asyncio.Condition()
 
-    def take(self, pool: int, task: int, count: int) -> list[tuple[int, Shard]] | None:
-        """Returns up to `count` numbered shards for a task, or None if the pool must wait.
+    async def take(self, pool: int, task: int, count: int) -> list[tuple[int, Shard]]:
+        """Returns up to `count` numbered shards for a task, as soon as the pool need not wait.
 
         A retried task gets the same shards, so that its read yields the same chunks.
         """
-        if (pool, task) not in self._taken:
-            unfinished = self._unfinished[pool]
-            if self._waiting and len(unfinished) >= self._limits[pool]:
-                return None
-            shards = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-            unfinished.update(number for number, _ in shards)
-            self._taken[pool, task] = shards
-        return self._taken[pool, task]
+        unfinished = self._unfinished[pool]
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: (pool, task) in self._taken
+                or not self._waiting
+                or len(unfinished) < self._limits[pool]
+            )
+            if (pool, task) not in self._taken:
+                shards = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+                unfinished.update(number for number, _ in shards)
+                self._taken[pool, task] = shards
+                self._changed.notify_all()
+            return self._taken[pool, task]
 
-    def finish(self, shard: int) -> None:
+    async def finish(self, shard: int) -> None:
         """Records that all chunks of a shard are classified."""
-        for unfinished in self._unfinished:
-            unfinished.discard(shard)
+        async with self._changed:
+            for unfinished in self._unfinished:
+                unfinished.discard(shard)
+            self._changed.notify_all()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 
 from pipeline.dataflow.shard_queue import ShardQueue
@@ -8,30 +9,48 @@ from pipeline.read import Shard
 PLAN = [Shard(f"s3://b/{i}.tar", "v", "webdataset", 1) for i in range(5)]
 
 
-def numbers(taken: list[tuple[int, Shard]] | None) -> list[int] | None:
-    return None if taken is None else [number for number, _ in taken]
+async def take(queue: ShardQueue, pool: int, task: int, count: int = 1) -> list[int]:
+    return [number for number, _ in await queue.take(pool, task, count)]
+
+
+async def wait_a_moment() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 def test_each_shard_is_given_to_one_task() -> None:
-    queue = ShardQueue(PLAN, [math.inf, 2])
-    taken = [queue.take(pool, task, 2) for task in range(3) for pool in (0, 1)]
-    assert [numbers(each) for each in taken] == [[0, 1], [2, 3], [4], [], [], []]
-    assert [shard for each in taken for _, shard in each or ()] == PLAN
+    async def run() -> None:
+        queue = ShardQueue(PLAN, [math.inf, 2])
+        taken = [await queue.take(pool, task, 2) for task in range(3) for pool in (0, 1)]
+        assert [[number for number, _ in each] for each in taken] == [[0, 1], [2, 3], [4], [], [], []]
+        assert [shard for each in taken for _, shard in each] == PLAN
+
+    asyncio.run(run())
 
 
 def test_retried_task_gets_the_same_shards() -> None:
-    queue = ShardQueue(PLAN, [math.inf, math.inf])
-    first = queue.take(0, 7, 1), queue.take(1, 7, 1)
-    queue.finish(0)
-    assert (queue.take(0, 7, 1), queue.take(1, 7, 1)) == first
-    assert [numbers(each) for each in first] == [[0], [1]]
+    async def run() -> None:
+        queue = ShardQueue(PLAN, [math.inf, 1])
+        assert [await take(queue, pool, 7) for pool in (0, 1)] == [[0], [1]]
+        await queue.finish(0)
+        assert [await take(queue, pool, 7) for pool in (0, 1)] == [[0], [1]]
+
+    asyncio.run(run())
 
 
 def test_slow_pool_waits_until_it_has_finished_a_shard() -> None:
-    queue = ShardQueue(PLAN, [math.inf, 2])
-    assert [numbers(queue.take(1, task, 1)) for task in range(3)] == [[0], [1], None]
-    queue.finish(1)
-    assert numbers(queue.take(1, 2, 1)) == [2]
-    assert queue.take(1, 3, 1) is None
-    assert [numbers(queue.take(0, task, 1)) for task in range(3)] == [[3], [4], []]
-    assert queue.take(1, 3, 1) == []  # nothing is left to wait for
+    async def run() -> None:
+        queue = ShardQueue(PLAN, [math.inf, 2])
+        assert [await take(queue, 1, task) for task in range(2)] == [[0], [1]]
+        third, again = (asyncio.create_task(take(queue, 1, 2)) for _ in range(2))
+        fourth = asyncio.create_task(take(queue, 1, 3))
+        await wait_a_moment()
+        assert not (third.done() or again.done() or fourth.done())
+        await queue.finish(1)
+        await wait_a_moment()
+        assert third.result() == again.result() == [2]  # the task and its retry
+        assert not fourth.done()
+        assert [await take(queue, 0, task) for task in range(3)] == [[3], [4], []]
+        assert await fourth == []  # nothing is left to wait for
+
+    asyncio.run(run())
