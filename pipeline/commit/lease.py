@@ -171,7 +171,9 @@ class Lease:
         written = self._storage.update(self.uri, lambda _: self._content("held") if is_free() else None)
         if written is not None:
             self._version = written.version
-            unclean = {uri: lease.version for uri, lease in found.items() if lease.content.state != "released"}
+            unclean = {
+                uri: lease.version for uri, lease in found.items() if lease.content.state != "released"
+            }
             self.found_clean_shutdown = not unclean
             self._taken_over = {uri: version for uri, version in unclean.items() if uri != self.uri}
             self._mark_taken_over("unfinished")

@@ -26,9 +26,9 @@ class ShardQueue:
         unfinished = self._unfinished[pool]
         async with self._changed:
             await self._changed.wait_for(
-                lambda: (pool, task) in self._taken
-                or not self._waiting
-                or len(unfinished) < self._limits[pool]
+                lambda: (
+                    (pool, task) in self._taken or not self._waiting or len(unfinished) < self._limits[pool]
+                )
             )
             if (pool, task) not in self._taken:
                 shards = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]

@@ -45,7 +45,7 @@ def test_slow_pool_waits_until_it_has_finished_a_shard() -> None:
         third, again = (asyncio.create_task(take(queue, 1, 2)) for _ in range(2))
         fourth = asyncio.create_task(take(queue, 1, 3))
         await wait_a_moment()
-        assert not (third.done() or again.done() or fourth.done())
+        assert not any(each.done() for each in (third, again, fourth))
         await queue.finish(1)
         await wait_a_moment()
         assert third.result() == again.result() == [2]  # the task and its retry
