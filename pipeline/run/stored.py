@@ -16,6 +16,8 @@ from pipeline.storage import StorageError, encode_parquet, normalize_uri
 REPORT = "report.html"
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
+#: Number of latest runs among which the last run of a dataset is found: datasets may share an output.
+_RUNS_OF_DATASETS = 100
 #: Seconds after which the lease of a rebuild expires without renewal.
 _LEASE_S = 60.0
 
@@ -59,7 +61,7 @@ def find_last_run(config: Config) -> tuple[str, dict[str, Any]]:
     for uri in storage.list_folders(config.output.uri):
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
-            for run in partition.records()[: -_RUNS - 1 : -1]:
+            for run in partition.records()[: -_RUNS_OF_DATASETS - 1 : -1]:
                 record = partition.record(run)
                 if InputUris.of_record(record) == config.input.inputs:
                     runs[run] = partition.model, record

@@ -58,6 +58,17 @@ def test_metrics_describe_the_last_run(tmp_path: Path) -> None:
     }
 
 
+def test_last_run_is_found_before_the_runs_of_other_datasets_with_the_same_output(tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    [record] = (tmp_path / "out").glob("*/runs/*.json")
+    other = record.read_text().replace(f"{tmp_path}/in", f"{tmp_path}/other")
+    for i in range(50):
+        (record.parent / f"9{i:03d}.json").write_text(other)
+    assert (
+        parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)["status m-ffffffff complete"] == 1
+    )
+
+
 def test_active_or_killed_run_has_no_end(tmp_path: Path) -> None:
     write_runs(tmp_path, status="running")
     uri = next((tmp_path / "out").glob("*/runs/*.json"))
