@@ -75,6 +75,8 @@ class OpenVinoRuntime:
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": threads,
+            # Each process would pin its threads to the same first cores, also with several classifiers.
+            "ENABLE_CPU_PINNING": False,
         }
         compiled = core.compile_model(graph.model, "CPU", options)
         self._requests = queue.SimpleQueue[Any]()

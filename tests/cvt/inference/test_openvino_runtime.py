@@ -74,6 +74,13 @@ def test_openvino_in_half_precision_is_close_to_the_model() -> None:
 
 
 @needs_openvino
+def test_threads_are_not_pinned_to_the_cores_of_other_processes() -> None:
+    runtime: Any = make_engine(runtime="openvino")._runtime
+    compiled = runtime._requests.get().get_compiled_model()
+    assert compiled.get_property("ENABLE_CPU_PINNING") is False
+
+
+@needs_openvino
 def test_signal_arrives_after_a_thread_deleted_the_engine() -> None:
     program = """
 import signal, threading
