@@ -51,7 +51,9 @@ def metrics(
     end = gauge(
         "end_timestamp_seconds", "End of the last run; missing while it is active or if it was killed."
     )
-    status = gauge("status", "1; the label is the status in the run record, or limit_exceeded.", "status")
+    status = gauge(
+        "status", "1; the label is the status in the run record, limit_exceeded or unknown.", "status"
+    )
     rate = gauge("images_per_second", "Rate of the last run; missing if the run was too short.")
     for job in jobs:
         dataset = str(job.input.inputs)
@@ -59,6 +61,7 @@ def metrics(
             model, record = find_last_run(job)
         except Exception as error:  # does not affect the other datasets
             console.print_notice(f"{dataset}: {error}")
+            status.labels(dataset, "", "unknown").set(1)
             exit_status = console.ExitStatus.UNAVAILABLE
             continue
         start.labels(dataset, model).set(_timestamp(record["started_at"]))

@@ -31,21 +31,14 @@ def find_partition(config: Config) -> Partition:
     Raises:
         StorageError: there is no such partition, or it can't be read.
     """
-    storage, output, runs = make_storage(config.storage), config.output.uri, dict[str, str]()
-    for uri in storage.list_folders(output):
-        partition = Partition(storage, uri, ())
-        if partition.name.startswith("model="):
-            for run in partition.records()[: -_RUNS - 1 : -1]:
-                if _has_same_labels(config, partition.record(run)):
-                    runs[run] = uri
-                    break
-    if not runs:
+    found = _latest_run(config, _RUNS, lambda record: _has_same_labels(config, record))
+    if found is None:
         cause = (
             "no run has labeled with this model and these options; run `cvt-label label` first, "
             "or give the URI of the partition"
         )
-        raise StorageError(output, cause)
-    return Partition.open(storage, runs[max(runs)])
+        raise StorageError(config.output.uri, cause)
+    return Partition.open(found[0].storage, found[0].uri)
 
 
 def find_last_run(config: Config) -> tuple[str, dict[str, Any]]:
@@ -57,18 +50,26 @@ def find_last_run(config: Config) -> tuple[str, dict[str, Any]]:
     Raises:
         StorageError: there is no such run, or the records can't be read.
     """
-    storage, runs = make_storage(config.storage), dict[str, tuple[str, dict[str, Any]]]()
+    inputs = config.input.inputs
+    found = _latest_run(config, _RUNS_OF_DATASETS, lambda record: InputUris.of_record(record) == inputs)
+    if found is None:
+        raise StorageError(config.output.uri, f"has no record of a run on {inputs}")
+    return found[0].model, found[1]
+
+
+def _latest_run(
+    config: Config, count: int, is_wanted: Callable[[dict[str, Any]], bool]
+) -> tuple[Partition, dict[str, Any]] | None:
+    """Returns the latest wanted run, of the last `count` runs of each partition, and its record."""
+    storage, runs = make_storage(config.storage), dict[str, tuple[Partition, dict[str, Any]]]()
     for uri in storage.list_folders(config.output.uri):
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
-            for run in partition.records()[: -_RUNS_OF_DATASETS - 1 : -1]:
-                record = partition.record(run)
-                if InputUris.of_record(record) == config.input.inputs:
-                    runs[run] = partition.model, record
+            for run in partition.records()[: -count - 1 : -1]:
+                if is_wanted(record := partition.record(run)):
+                    runs[run] = partition, record
                     break
-    if not runs:
-        raise StorageError(config.output.uri, f"has no record of a run on {config.input.inputs}")
-    return runs[max(runs)]
+    return runs[max(runs)] if runs else None
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:

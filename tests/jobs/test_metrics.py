@@ -112,8 +112,9 @@ def test_schedule_reports_each_dataset_and_those_without_a_run(tmp_path: Path) -
     assert f"{folders[1]}/in: {folders[1]}/out: has no record of a run" in done.stderr
     text = output.read_text()
     assert text.count("# TYPE cvt_label_last_run_status gauge") == 1
-    for folder, status in ((folders[0], "complete"), (folders[2], "incomplete")):
-        labels = f'dataset="{folder}/in",model="m-ffffffff",status="{status}"'
+    found = zip(folders, ("m-ffffffff", "", "m-ffffffff"), ("complete", "unknown", "incomplete"), strict=True)
+    for folder, model, status in found:
+        labels = f'dataset="{folder}/in",model="{model}",status="{status}"'
         assert f"cvt_label_last_run_status{{{labels}}} 1.0\n" in text
     assert list(tmp_path.glob("cvt_label.prom*")) == [output]  # no temporary file
 
@@ -154,9 +155,9 @@ SLOW = "Less than half of the median of 14 days. The run record names the stage 
                 "CvtLabelRunFailed",
                 "1h",
                 {status_series(status): "1x100"},
-                firing(f"The last run on d ended with status {status}", REASON, status=status),
+                firing(f"The last run on d has the status {status}", REASON, status=status),
             )
-            for status in ("failed", "incomplete", "limit_exceeded", "interrupted", "aborted")
+            for status in ("failed", "incomplete", "limit_exceeded", "interrupted", "aborted", "unknown")
         ),
         alert_test("CvtLabelRunFailed", "1h", {status_series("complete"): "1x100"}),
         alert_test("CvtLabelRunFailed", "1h", {status_series("running"): "1x100"}),
