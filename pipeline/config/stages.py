@@ -171,8 +171,8 @@ class RayConfig(Section):
     address: Address | None = Field(default=None, examples=["10.0.0.1:6379"])
     """Address of the cluster: `host:port`, `ray://host:port`, `auto`, or `local` to start Ray on this
     machine. `in-process`: run all stages in threads of this process, without Ray. Null: the cluster in
-    `RAY_ADDRESS`, which Ray sets for submitted jobs; else this process if at most 64 MiB or 10,000 images are
-    to be labeled and the last run ended cleanly; else a local Ray.
+    `RAY_ADDRESS`, which Ray sets for submitted jobs; else this process if at most 64 MiB are to be labeled
+    (and at most 10,000 images if their number is known) and the last run ended cleanly; else a local Ray.
     """
     label_selector: LabelSelector = Field(default={}, examples=[{"ray-subcluster": "labeling"}])
     """Labels of the nodes that run the stages, by name: `value`, `!value`, `in(a, b)` or `!in(a, b)`. Nodes

@@ -156,7 +156,7 @@ def warm_engine(checkpoint: Checkpoint, precision: str, resources: Resources) ->
     except (ImportError, ValueError) as error:
         if resources.runtime != "openvino":
             raise
-        remedy = "every node needs it, or set classify.runtime: torch"
+        remedy = "all nodes must support openvino, or set classify.runtime: torch"
         raise ConfigError(f"classify.runtime: on the node {platform.node()}: {error}; {remedy}") from error
     engine.warm_up()
     return engine
