@@ -92,7 +92,8 @@ def test_run_leaves_no_secret_in_output_terminal_or_logs(
     storage.write(f"{bucket}/in/a.tar", whole)
     storage.write(f"{bucket}/in/cut.tar", whole[:3000])
     environment = {"HF_TOKEN": f"hf_{PLANTED}", "RAY_TMPDIR": str(ray_folder)}
-    done = cvt_label_process("label", "--config", job, **environment)
+    options = ["--config", job, "--set", "ray.address=local"]
+    done = cvt_label_process("label", *options, **environment)
     assert done.returncode == 3, done.stderr
     written = {o.uri: readable_content(o.uri, storage.read(o.uri)) for o in storage.list(f"{bucket}/out")}
     logs = {str(path): path.read_bytes() for path in ray_folder.rglob("*") if path.is_file()}
