@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,8 @@ from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
 
 logger = logging.getLogger("cvt_label")
 
+#: Maximum seconds for an execution of Ray Data to end: it may be starting a process.
+_JOIN_TIMEOUT_S = 60.0
 #: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
 
@@ -257,8 +260,10 @@ class RayExecutor:
             source = ShardSource(shards, ray.put(stages.make_read_step(pool)), limit, take=take)
             labeled.append(_label_source(source, replace(stages, classify=classify), pool, limit))
         # Prefetching would delay each result until the next one has arrived.
-        blocks = reduce(Dataset.union, labeled).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        blocks: Any = iter(
+            reduce(Dataset.union, labeled).iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            )
         )
         try:
             for block in blocks:
@@ -274,9 +279,22 @@ class RayExecutor:
                 raise ConfigError(found[1]) from error
             raise
         finally:
+            blocks.close()
+            _join_executions()
             limit.close()
             if queue is not None:
                 ray.kill(queue)
+
+
+def _join_executions() -> None:
+    """Waits for the threads of ended executions; Ray Data waits for some of them, and for two seconds.
+
+    Ray ends the process, with exit status 1 and no message, if a thread uses Ray after `ray.shutdown`, or
+    deletes a reference to an object.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith(("StreamingExecutor", "iter_threaded")):
+            thread.join(_JOIN_TIMEOUT_S)
 
 
 def _label_source(source: ShardSource, stages: Stages, resources: Resources, limit: AttemptLimit) -> Dataset:
