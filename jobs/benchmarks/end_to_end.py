@@ -140,12 +140,12 @@ def run(
             if result.failure:
                 continue  # the contender would fail again
             console.print_notice(f"round {turn} of {rounds}: {result.contender}, {result.images:,} images")
-            job, attempt = f"{root}/{result.images}", f"{result.contender.replace(' ', '-')}-{turn}"
+            job, attempt = f"{root}/{result.images}", _attempt(result.contender, turn)
             own = replace(task, tars=f"{job}/tars", files=f"{job}/files", output=f"{job}/{attempt}")
             run_contender(result, replace(own, local=f"{folder}/{result.images}-{attempt}"), timeout)
             if result.failure and result.contender in COMMANDS:
                 raise figures.BenchmarkError(f"{result.contender} failed: {result.failure}")
-        last_run = read_record(f"{root}/{count[-1]}/{PIPELINE}-{rounds}")
+        last_run = read_record(f"{root}/{count[-1]}/{_attempt(PIPELINE, rounds)}")
     _add_ratios(results, price_per_hour)
     figures.print_results(
         context,
@@ -155,6 +155,11 @@ def run(
         last_run=[{name: last_run[name] for name in ("bound_by", "decoder", "gpu_utilization")}],
         seconds_of_last_run=[last_run["timings"]],
     )
+
+
+def _attempt(contender: str, turn: int) -> str:
+    """Returns the name of a folder for the labels of a contender."""
+    return f"{contender.replace(' ', '-')}-{turn}"
 
 
 def _add_ratios(results: Sequence[ContenderResult], price_per_hour: float | None) -> None:

@@ -193,7 +193,7 @@ def test_share_killed_at_any_write_is_completed_by_other_divisions(
     half = place.labels()
     states = place.recorded(LABEL_NEW, share("2/2"))
     assert place.end_state() == end
-    assert len(states) > 10
+    assert len(states) > 8
     for number, state in enumerate(states[::every]):
         place.restore(state)
         for uri, rows in place.labels().items():
