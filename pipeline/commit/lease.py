@@ -124,7 +124,7 @@ class Lease:
     ) -> Iterator[None]:
         """Holds the lease while the block runs; see `acquire`."""
         try:
-            self.found_clean_shutdown = self.acquire(wait, on_wait)
+            self.acquire(wait, on_wait)
         except KeyboardInterrupt:  # may arrive right after the lease was written
             self.release(clean_shutdown=False)
             raise

@@ -105,13 +105,10 @@ def _executor_settings(run: RunContext) -> RayConfig:
     A run that did not end may have died from an image that crashes its decoder. Ray isolates decoders.
     """
     config, plan = run.result.job.config, run.result.plan
-    is_small = (
-        sum(shard.size for shard in plan.shards) <= _SMALL_BYTES and (plan.images or 0) <= _SMALL_IMAGES
-    )
-    if (
-        not (is_small and run.lease.found_clean_shutdown and without_cluster(config.ray))
-        or config.classify.pools
-    ):
+    if config.classify.pools or not (without_cluster(config.ray) and run.lease.found_clean_shutdown):
+        return config.ray
+    size, images = sum(shard.size for shard in plan.shards), plan.images or 0
+    if size > _SMALL_BYTES or images > _SMALL_IMAGES:
         return config.ray
     logger.info("labels in this process: the input is small; to use a local Ray, set ray.address: local")
     return config.ray.model_copy(update={"address": IN_PROCESS})

@@ -100,15 +100,21 @@ def check_until_lost(lease: Lease, patience: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_delayed_run_learns_that_another_has_taken_over(place: str) -> None:
+def take_over(place: str, share: Share = WHOLE) -> tuple[Lease, Lease]:
+    """Returns the lease of a delayed run, and that of the run that has taken over the whole partition."""
     storage = Suspended()
     storage.resumed.set()
-    zombie = Lease(storage, place, "zombie", seconds=0.3)
+    zombie = Lease(storage, place, "zombie", seconds=0.3, share=share)
     zombie.acquire()
     storage.resumed.clear()
     other = make(place, "other", poll_s=0.05)
     other.acquire(wait=True)
     storage.resumed.set()
+    return zombie, other
+
+
+def test_delayed_run_learns_that_another_has_taken_over(place: str) -> None:
+    zombie, other = take_over(place)
     with pytest.raises(LeaseLostError, match=r"lease\.json: another run has taken over"):
         check_until_lost(zombie)
     zombie.release(clean_shutdown=True)
@@ -269,14 +275,7 @@ def test_one_of_two_divisions_that_acquire_at_the_same_time_is_rejected(place: s
 
 
 def test_delayed_run_learns_that_another_division_has_taken_over(place: str) -> None:
-    storage = Suspended()
-    storage.resumed.set()
-    zombie = Lease(storage, place, "zombie", seconds=0.3, share=Share(2, 3))
-    zombie.acquire()
-    storage.resumed.clear()
-    whole = make(place, "whole", poll_s=0.05)
-    whole.acquire(wait=True)
-    storage.resumed.set()
+    zombie, whole = take_over(place, Share(2, 3))
     with pytest.raises(LeaseLostError, match=r"lease-2-of-3\.json: another run has taken over"):
         check_until_lost(zombie)
     zombie.release(clean_shutdown=True)
