@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest, write_t
 
 from jobs import console
 from pipeline import load_job_config
-from pipeline.config import ScheduleConfig, load_config
-from pipeline.run import find_last_run
+from pipeline.config import WHOLE, ScheduleConfig, load_config
+from pipeline.run import find_last_runs
 
 
 def metrics(
@@ -28,9 +28,11 @@ def metrics(
 ) -> None:
     """Print metrics of each dataset's last run for Prometheus.
 
-    The metrics come from the run records in the output, so they exist when no cluster is running.
+    The metrics come from the run records in the output, so they exist when no cluster is running. If several
+    drivers label a dataset, each share has its own last run.
 
-    More exit statuses: 4 if a dataset has no run yet, or its runs cannot be read (all others are printed).
+    More exit statuses: 4 if a dataset or a share has no run yet, or its runs cannot be read (all others are
+    printed).
     """
     if (config is None) == (schedule is None):
         raise typer.BadParameter("give --config or --schedule, not both")
@@ -44,7 +46,7 @@ def metrics(
 
     def gauge(name: str, text: str, *more_labels: str) -> Gauge:
         return Gauge(
-            f"cvt_label_last_run_{name}", text, ("dataset", "model", *more_labels), registry=registry
+            f"cvt_label_last_run_{name}", text, ("dataset", "model", "share", *more_labels), registry=registry
         )
 
     start = gauge("start_timestamp_seconds", "Start of the last run.")
@@ -57,20 +59,25 @@ def metrics(
     rate = gauge("images_per_second", "Rate of the last run; missing if the run was too short.")
     for job in jobs:
         dataset = str(job.input.inputs)
+        problem = f"{job.output.uri}: has no record of a run"
         try:
-            model, record = find_last_run(job)
+            runs = find_last_runs(job)
         except Exception as error:  # does not affect the other datasets
-            console.print_notice(f"{dataset}: {error}")
-            status.labels(dataset, "", "unknown").set(1)
-            exit_status = console.ExitStatus.UNAVAILABLE
-            continue
-        start.labels(dataset, model).set(_timestamp(record["started_at"]))
-        if "ended_at" in record:
-            end.labels(dataset, model).set(_timestamp(record["ended_at"]))
-        is_broken = record.get("broken_limits") or record.get("broken_failure_limits")
-        status.labels(dataset, model, "limit_exceeded" if is_broken else record["status"]).set(1)
-        if (images_per_s := record.get("images_per_s")) is not None:
-            rate.labels(dataset, model).set(images_per_s)
+            runs, problem = {WHOLE: ("", {})}, str(error)
+        for share, (model, record) in runs.items():
+            labels = dataset, model, str(share)
+            if not record:
+                console.print_notice(f"{dataset}, share {share}: {problem}")
+                status.labels(*labels, "unknown").set(1)
+                exit_status = console.ExitStatus.UNAVAILABLE
+                continue
+            start.labels(*labels).set(_timestamp(record["started_at"]))
+            if "ended_at" in record:
+                end.labels(*labels).set(_timestamp(record["ended_at"]))
+            is_broken = record.get("broken_limits") or record.get("broken_failure_limits")
+            status.labels(*labels, "limit_exceeded" if is_broken else record["status"]).set(1)
+            if (images_per_s := record.get("images_per_s")) is not None:
+                rate.labels(*labels).set(images_per_s)
     if output is None:
         typer.echo(generate_latest(registry).decode(), nl=False)
     else:

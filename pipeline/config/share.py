@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 from typing import Any
 
 
@@ -42,6 +42,14 @@ class Share:
     def overlaps(self, other: Share) -> bool:
         """Returns whether a name can be in both shares, also of different divisions."""
         return (self.index - other.index) % gcd(self.count, other.count) == 0
+
+    def without(self, other: Share) -> list[Share]:
+        """Returns the shares that have the names of this share that are not in the other one."""
+        if not self.overlaps(other):
+            return [self]
+        count = lcm(self.count, other.count)
+        parts = (Share(index, count) for index in range(self.index, count + 1, self.count))
+        return [part for part in parts if not part.overlaps(other)]
 
 
 #: All shards of a dataset.

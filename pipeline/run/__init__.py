@@ -8,4 +8,4 @@ from pipeline.run.job import Job, make_job
 from pipeline.run.labeling import label
 from pipeline.run.planning import Plan, PreparedRun, ShardState, plan, plan_run
 from pipeline.run.recording import Phase, RunResult, installed_version
-from pipeline.run.stored import find_last_run, find_partition, rebuild, write_report
+from pipeline.run.stored import find_last_runs, find_partition, rebuild, write_report

@@ -1,13 +1,14 @@
 """Operations on a stored partition without a run: find it, rebuild its summaries, write its report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 
 from pipeline.commit import CLASS_STATS, Lease, Partition, new_run_id, rebuilt_rows
 from pipeline.compare import LabelSet, RunPair, compare_label_sets
-from pipeline.config import Config, InputUris, make_storage
+from pipeline.config import WHOLE, Config, InputUris, Share, make_storage
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.report import render_report
 from pipeline.statistics import ClassStatistics, class_table
@@ -16,8 +17,8 @@ from pipeline.storage import StorageError, encode_parquet, normalize_uri
 REPORT = "report.html"
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
-#: Number of latest runs among which the last run of a dataset is found: datasets may share an output.
-_RUNS_OF_DATASETS = 100
+#: Number of latest runs, and of these runs per share, among which the last runs of a dataset are found.
+_RUNS_OF_DATASETS, _RUNS_PER_SHARE = 100, 4
 #: Seconds after which the lease of a rebuild expires without renewal.
 _LEASE_S = 60.0
 
@@ -31,45 +32,49 @@ def find_partition(config: Config) -> Partition:
     Raises:
         StorageError: there is no such partition, or it can't be read.
     """
-    found = _latest_run(config, _RUNS, lambda record: _has_same_labels(config, record))
-    if found is None:
-        cause = (
-            "no run has labeled with this model and these options; run `cvt-label label` first, "
-            "or give the URI of the partition"
-        )
-        raise StorageError(config.output.uri, cause)
-    return Partition.open(found[0].storage, found[0].uri)
+    for partition, record in _latest_runs(config, _RUNS):
+        if _has_same_labels(config, record):
+            return Partition.open(partition.storage, partition.uri)
+    cause = (
+        "no run has labeled with this model and these options; run `cvt-label label` first, "
+        "or give the URI of the partition"
+    )
+    raise StorageError(config.output.uri, cause)
 
 
-def find_last_run(config: Config) -> tuple[str, dict[str, Any]]:
-    """Finds the last run on the input of a configuration, with any model and in any state.
+def find_last_runs(config: Config) -> dict[Share, tuple[str, dict[str, Any]]]:
+    """Finds the last run of each part of an input, with any model and in any state.
 
     Returns:
-        The model as `<name>-<fingerprint8>`, and the run record.
+        By share: the model as `<name>-<fingerprint8>`, and the run record. A run is left out if later runs
+        cover its share, alone or together. A share that no run covers has no model and an empty record.
 
     Raises:
-        StorageError: there is no such run, or the records can't be read.
+        StorageError: the records can't be read.
     """
-    inputs = config.input.inputs
-    found = _latest_run(config, _RUNS_OF_DATASETS, lambda record: InputUris.of_record(record) == inputs)
-    if found is None:
-        raise StorageError(config.output.uri, f"has no record of a run on {inputs}")
-    return found[0].model, found[1]
+    inputs, missing = config.input.inputs, [WHOLE]
+    found = dict[Share, tuple[str, dict[str, Any]]]()
+    for number, (partition, record) in enumerate(_latest_runs(config)):
+        shares = len(found) + len(missing)
+        if not missing or number >= _RUNS_OF_DATASETS + _RUNS_PER_SHARE * shares:
+            break
+        if InputUris.of_record(record) == inputs:
+            share = Share.of_record(record)
+            if any(share.overlaps(part) for part in missing):
+                found[share] = partition.model, record
+                missing = [rest for part in missing for rest in part.without(share)]
+    return found | {share: ("", {}) for share in missing}
 
 
-def _latest_run(
-    config: Config, count: int, is_wanted: Callable[[dict[str, Any]], bool]
-) -> tuple[Partition, dict[str, Any]] | None:
-    """Returns the latest wanted run, of the last `count` runs of each partition, and its record."""
-    storage, runs = make_storage(config.storage), dict[str, tuple[Partition, dict[str, Any]]]()
+def _latest_runs(config: Config, count: int | None = None) -> Iterator[tuple[Partition, dict[str, Any]]]:
+    """Yields the last `count` runs of each partition, the latest first, with their records."""
+    storage, runs = make_storage(config.storage), list[tuple[str, Partition]]()
     for uri in storage.list_folders(config.output.uri):
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
-            for run in partition.records()[: -count - 1 : -1]:
-                if is_wanted(record := partition.record(run)):
-                    runs[run] = partition, record
-                    break
-    return runs[max(runs)] if runs else None
+            runs += [(run, partition) for run in islice(reversed(partition.records()), count)]
+    for run, partition in sorted(runs, key=lambda each: each[0], reverse=True):
+        yield partition, partition.record(run)
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:

@@ -446,11 +446,12 @@ def wait_for_targets(url: str, timeout: float = 120) -> Json:
     raise TimeoutError(url)
 
 
-@pytest.mark.parametrize("name", pods())
+@pytest.mark.parametrize("name", [*pods(), "rayjob.yaml submit"])
 def test_pods_have_no_keys_and_minimal_rights(name: str) -> None:
-    pod = pods()[name]
+    submitter = MANIFESTS["rayjob.yaml"][0]["spec"]["submitterPodTemplate"]["spec"]
+    pod = pods().get(name, submitter)
     for container in pod["containers"]:
-        for variable in container["env"]:
+        for variable in container.get("env", ()):
             is_secret = re.search("KEY|SECRET|TOKEN|PASSWORD", variable["name"])
             assert not (is_secret and "value" in variable), variable["name"]
         assert container["securityContext"]["allowPrivilegeEscalation"] is False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,14 @@ def write_config(folder: Path, name: str = "job") -> Path:
 
 
 def parse(text: str) -> dict[str, float]:
-    """Returns the values by name and the labels that are not the dataset."""
+    """Returns the values by name and the labels that are neither the dataset nor all shards."""
     return {
-        " ".join([sample.name.removeprefix("cvt_label_last_run_"), *list(sample.labels.values())[1:]]): (
-            sample.value
-        )
+        " ".join(
+            [
+                sample.name.removeprefix("cvt_label_last_run_"),
+                *(value for name, value in sample.labels.items() if name != "dataset" and value != "1/1"),
+            ]
+        ): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -96,6 +101,67 @@ def test_last_run_is_the_latest_of_all_models_on_the_dataset(tmp_path: Path) -> 
     assert len(found) == 3
 
 
+def write_shares(folder: Path, *runs: str) -> None:
+    """Writes records of runs of shares, such as `2/3 failed`, each a minute after the one before."""
+    place = folder / "out/model=m-ffffffff/runs"
+    place.mkdir(parents=True)
+    for minute, run in enumerate(runs):
+        share, status = run.split()
+        config = {"input": {"uri": f"{folder}/in"}, "run": {"share": None if share == "1/1" else share}}
+        started = datetime.fromtimestamp(60 * minute, UTC).isoformat()
+        record = {"config": config, "status": status, "started_at": started}
+        (place / f"{minute:04d}.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("runs", "last"),
+    [
+        (["1/2 complete", "2/2 failed"], {"1/2 complete": 0, "2/2 failed": 1}),
+        (["1/2 failed", "2/2 complete", "2/2 running"], {"1/2 failed": 0, "2/2 running": 2}),
+        (["1/3 failed", "2/3 complete", "1/1 complete"], {"complete": 2}),
+        (["1/1 complete", "1/2 complete"], {"complete": 0, "1/2 complete": 1}),
+        (["1/1 failed", "1/2 complete", "2/2 complete"], {"1/2 complete": 1, "2/2 complete": 2}),
+        (
+            ["1/4 complete", "2/4 complete", "3/4 failed", "4/4 failed", "1/2 complete"],
+            {"2/4 complete": 1, "4/4 failed": 3, "1/2 complete": 4},
+        ),
+    ],
+    ids=[
+        "shares",
+        "share that did not run again",
+        "whole dataset after shares",
+        "share that has not run yet after the whole dataset",
+        "shares after the whole dataset",
+        "rerun with another division",
+    ],
+)
+def test_each_share_has_its_last_run(tmp_path: Path, runs: list[str], last: dict[str, int]) -> None:
+    write_shares(tmp_path, *runs)
+    found = parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)
+    expected = {f"status m-ffffffff {run}": 1 for run in last}
+    expected |= {
+        f"start_timestamp_seconds m-ffffffff {run.rpartition(' ')[0]}".strip(): 60 * minute
+        for run, minute in last.items()
+    }
+    assert found == expected
+
+
+def test_share_without_a_run_is_unknown(tmp_path: Path) -> None:
+    write_shares(tmp_path, "1/3 complete", "3/3 complete")
+    done = invoke(metrics, "--config", write_config(tmp_path), status=4)
+    assert f"{tmp_path}/in, share 2/3: {tmp_path}/out: has no record of a run" in done.stderr
+    assert 'model="",share="2/3",status="unknown"} 1.0' in done.stdout
+
+
+def test_share_that_did_not_run_is_found_among_many_shares(tmp_path: Path) -> None:
+    night = [f"{index}/150 complete" for index in range(1, 151)]
+    write_shares(tmp_path, *night, *night[1:], *night[1:])
+    found = parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)
+    assert found["start_timestamp_seconds m-ffffffff 1/150"] == 0
+    assert found["start_timestamp_seconds m-ffffffff 2/150"] == 60 * 299
+    assert len(found) == 300
+
+
 def test_schedule_reports_each_dataset_and_those_without_a_run(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("a", "b", "c")]
     for folder in folders:
@@ -109,12 +175,12 @@ def test_schedule_reports_each_dataset_and_those_without_a_run(tmp_path: Path) -
     output = tmp_path / "cvt_label.prom"
     done = invoke(metrics, "--schedule", schedule, "--output", output, status=4)
     assert done.stdout == ""
-    assert f"{folders[1]}/in: {folders[1]}/out: has no record of a run" in done.stderr
+    assert f"{folders[1]}/in, share 1/1: {folders[1]}/out: has no record of a run" in done.stderr
     text = output.read_text()
     assert text.count("# TYPE cvt_label_last_run_status gauge") == 1
     found = zip(folders, ("m-ffffffff", "", "m-ffffffff"), ("complete", "unknown", "incomplete"), strict=True)
     for folder, model, status in found:
-        labels = f'dataset="{folder}/in",model="{model}",status="{status}"'
+        labels = f'dataset="{folder}/in",model="{model}",share="1/1",status="{status}"'
         assert f"cvt_label_last_run_status{{{labels}}} 1.0\n" in text
     assert list(tmp_path.glob("cvt_label.prom*")) == [output]  # no temporary file
 
@@ -122,27 +188,42 @@ def test_schedule_reports_each_dataset_and_those_without_a_run(tmp_path: Path) -
 # --- alert rules -----------------------------------------------------------------------------------
 
 
+LABELS = 'dataset="d",model="m",share="2/3"'
+
+
 def status_series(status: str) -> str:
-    return f'cvt_label_last_run_status{{dataset="d",model="m",status="{status}"}}'
+    return f'cvt_label_last_run_status{{{LABELS},status="{status}"}}'
 
 
 def alert_test(name: str, at: str, series: dict[str, str], *expected: dict[str, Any]) -> dict[str, Any]:
     return {
         "interval": "1m",
-        "input_series": [{"series": key, "values": values} for key, values in series.items()],
+        "input_series": [
+            {"series": key, "values": values} for key, values in (series and OTHER | series).items()
+        ],
         "alert_rule_test": [{"eval_time": at, "alertname": name, "exp_alerts": list(expected)}],
     }
 
 
 def firing(summary: str, description: str | None = None, **labels: str) -> dict[str, Any]:
     annotations = {"summary": summary} | ({} if description is None else {"description": description})
-    own = {"dataset": "d", "model": "m", "severity": "warning"}
+    own = {"dataset": "d", "model": "m", "share": "2/3", "severity": "warning"}
     return {"exp_labels": own | labels, "exp_annotations": annotations}
 
 
-START_SERIES = 'cvt_label_last_run_start_timestamp_seconds{dataset="d",model="m"}'
+START_SERIES = f"cvt_label_last_run_start_timestamp_seconds{{{LABELS}}}"
 END_SERIES = START_SERIES.replace("start", "end")
-RATE = 'cvt_label_last_run_images_per_second{dataset="d",model="m"}'
+RATE = f"cvt_label_last_run_images_per_second{{{LABELS}}}"
+#: Another share of the same dataset, for which no alert fires.
+OTHER = {
+    series.replace("2/3", "1/3"): values
+    for series, values in {
+        status_series("complete"): "1x5000",
+        START_SERIES: "0+60x5000",
+        END_SERIES: "0+60x5000",
+        RATE: "100x5000",
+    }.items()
+}
 REASON = "The run record and docs/reference/exit-statuses.md have the reason and the remedy."
 SLOW = "Less than half of the median of 14 days. The run record names the stage that limited the run."
 
@@ -155,7 +236,7 @@ SLOW = "Less than half of the median of 14 days. The run record names the stage 
                 "CvtLabelRunFailed",
                 "1h",
                 {status_series(status): "1x100"},
-                firing(f"The last run on d has the status {status}", REASON, status=status),
+                firing(f"The last run on d (share 2/3) has the status {status}", REASON, status=status),
             )
             for status in ("failed", "incomplete", "limit_exceeded", "interrupted", "aborted", "unknown")
         ),
@@ -166,7 +247,7 @@ SLOW = "Less than half of the median of 14 days. The run record names the stage 
             "CvtLabelRunMissing",
             "27h",
             {START_SERIES: "0x2000"},
-            firing("No run on d for more than 26 hours"),
+            firing("No run on d (share 2/3) for more than 26 hours"),
         ),
         alert_test(
             "CvtLabelRunMissing",
@@ -183,19 +264,19 @@ SLOW = "Less than half of the median of 14 days. The run record names the stage 
             "CvtLabelRunNotEnded",
             "9h",
             {START_SERIES: "0x1000"},
-            firing("The run on d has not ended after 9h 0m 0s"),
+            firing("The run on d (share 2/3) has not ended after 9h 0m 0s"),
         ),
         alert_test("CvtLabelRunSlow", "50h", {RATE: "100x2800 60x200"}),
         alert_test(
             "CvtLabelRunSlow",
             "50h",
             {RATE: "100x2800 40x200"},
-            firing("The last run on d was slow: 40 images/s", SLOW),
+            firing("The last run on d (share 2/3) was slow: 40 images/s", SLOW),
         ),
     ],
     ids=lambda case: case["alert_rule_test"][0]["alertname"],
 )
-def test_alert_fires_if_and_only_if_the_last_run_needs_attention(
+def test_alert_fires_if_and_only_if_the_last_run_of_a_share_needs_attention(
     case: dict[str, Any], tmp_path: Path
 ) -> None:
     promtool = shutil.which("promtool")

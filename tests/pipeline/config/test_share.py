@@ -41,6 +41,15 @@ def test_shares_overlap_exactly_if_they_have_a_name_in_common() -> None:
             assert a.overlaps(b) == bool(members[a] & members[b]), (a, b)
 
 
+def test_share_without_another_has_all_other_names_once() -> None:
+    shares = [Share(index, count) for count in (1, 2, 3, 4, 6) for index in range(1, count + 1)]
+    members = {share: {name for name in NAMES[:500] if share.contains(name)} for share in shares}
+    for a in shares:
+        for b in shares:
+            rest = [name for name in NAMES[:500] for part in a.without(b) if part.contains(name)]
+            assert sorted(rest) == sorted(members[a] - members[b]), (a, b)
+
+
 @pytest.mark.parametrize(
     "share", ["0/3", "4/3", "a", "1/0", "'1'", "-1/3", "1/3/3", "1.0/2", "9999999/9999999", "''"]
 )

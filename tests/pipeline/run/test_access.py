@@ -25,6 +25,7 @@ from jobs.app import make_app
 from jobs.compare import compare
 from jobs.console import add_command
 from jobs.local_s3 import LocalS3
+from jobs.metrics import metrics
 from jobs.plan import plan
 from jobs.publish import publish
 from jobs.report import report
@@ -249,6 +250,7 @@ def test_planning_and_statistics_request_what_their_policy_allows(
     def use(endpoint: str) -> None:
         assert run(plan, "--config", job, "--retry-errors", "--prune") == 0
         assert run(stats, "--config", job) == 0
+        assert run(metrics, "--config", job) == 0
         assert run(stats, "--config", job, "--set", "output.topk=1") == 4  # no labels with this option
 
     check(policy("plan", root), requested(s3_server, use))
