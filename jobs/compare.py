@@ -28,7 +28,7 @@ def compare(
             metavar="B", help="Labels to compare with A. Default with --config: all labels of the job."
         ),
     ] = None,
-    config: console.PartitionConfigOption = None,
+    config: console.JobConfigOption = None,
     set: console.SetOption = None,
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="Path or URI of a Parquet file, one row per class.")

@@ -64,11 +64,12 @@ SetOption = Annotated[
 ]
 PartitionArgument = Annotated[
     str | None,
-    typer.Argument(metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT."),
+    typer.Argument(
+        metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT. Default: of --config."
+    ),
 ]
-PartitionConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="Configuration of a job, in place of the URI."),
+JobConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of a labeling job.")
 ]
 AddressOption = Annotated[
     str | None,

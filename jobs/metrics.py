@@ -15,11 +15,9 @@ from pipeline.run import find_last_runs
 
 
 def metrics(
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of a job.")
-    ] = None,
+    config: console.JobConfigOption = None,
     schedule: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Configuration of a schedule, in place of a job.")
+        Path | None, typer.Option(metavar="FILE", help="Configuration of a schedule, in place of --config.")
     ] = None,
     set: console.SetOption = None,
     output: Annotated[
@@ -45,18 +43,18 @@ def metrics(
     registry, exit_status = CollectorRegistry(), console.ExitStatus.OK
 
     def gauge(name: str, text: str, *more_labels: str) -> Gauge:
-        return Gauge(
-            f"cvt_label_last_run_{name}", text, ("dataset", "model", "share", *more_labels), registry=registry
-        )
+        labels = "dataset", "model", "share", *more_labels
+        return Gauge(f"cvt_label_last_run_{name}", text, labels, registry=registry)
 
-    start = gauge("start_timestamp_seconds", "Start of the last run.")
-    end = gauge(
-        "end_timestamp_seconds", "End of the last run; missing while it is active or if it was killed."
-    )
-    status = gauge(
-        "status", "1; the label is the status in the run record, limit_exceeded or unknown.", "status"
-    )
-    rate = gauge("images_per_second", "Rate of the last run; missing if the run was too short.")
+    status = gauge("status", "1; the label is the status of the run record, or another.", "status")
+    #: By field of the run record.
+    gauges = {
+        "started_at": gauge("start_timestamp_seconds", "Start of the last run."),
+        "ended_at": gauge(
+            "end_timestamp_seconds", "End; missing while the run is active or if it was killed."
+        ),
+        "images_per_s": gauge("images_per_second", "Rate; missing if the last run was too short."),
+    }
     for job in jobs:
         dataset = str(job.input.inputs)
         problem = f"{job.output.uri}: has no record of a run"
@@ -68,25 +66,19 @@ def metrics(
             labels = dataset, model, str(share)
             if not record:
                 console.print_notice(f"{dataset}, share {share}: {problem}")
-                status.labels(*labels, "unknown").set(1)
                 exit_status = console.ExitStatus.UNAVAILABLE
-                continue
-            start.labels(*labels).set(_timestamp(record["started_at"]))
-            if "ended_at" in record:
-                end.labels(*labels).set(_timestamp(record["ended_at"]))
             is_broken = record.get("broken_limits") or record.get("broken_failure_limits")
-            status.labels(*labels, "limit_exceeded" if is_broken else record["status"]).set(1)
-            if (images_per_s := record.get("images_per_s")) is not None:
-                rate.labels(*labels).set(images_per_s)
+            state = "limit_exceeded" if is_broken else record.get("status", "unknown")
+            status.labels(*labels, state).set(1)
+            for field, each in gauges.items():
+                if (value := record.get(field)) is not None:
+                    is_time = isinstance(value, str)
+                    each.labels(*labels).set(datetime.fromisoformat(value).timestamp() if is_time else value)
     if output is None:
         typer.echo(generate_latest(registry).decode(), nl=False)
     else:
         write_to_textfile(str(output), registry)
     sys.exit(exit_status)
-
-
-def _timestamp(time: str) -> float:
-    return datetime.fromisoformat(time).timestamp()
 
 
 if __name__ == "__main__":

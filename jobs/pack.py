@@ -43,9 +43,7 @@ def pack(
     shard_size: Annotated[
         Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Size of a tar, such as 500MB.")
     ] = "1GiB",
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="Configuration of a labeling job.")
-    ] = None,
+    config: console.JobConfigOption = None,
     set: console.SetOption = None,
 ) -> None:
     """Pack the images of any input into WebDataset tars.

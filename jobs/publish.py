@@ -18,7 +18,7 @@ def publish(
         ),
     ],
     uri: console.PartitionArgument = None,
-    config: console.PartitionConfigOption = None,
+    config: console.JobConfigOption = None,
     set: console.SetOption = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Publish all labels again, even if the table was edited.")

@@ -10,7 +10,7 @@ from pipeline import write_report
 
 def report(
     uri: console.PartitionArgument = None,
-    config: console.PartitionConfigOption = None,
+    config: console.JobConfigOption = None,
     set: console.SetOption = None,
     run: Annotated[
         str | None,

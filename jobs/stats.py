@@ -14,7 +14,7 @@ from pipeline.storage import StorageError
 
 def stats(
     uri: console.PartitionArgument = None,
-    config: console.PartitionConfigOption = None,
+    config: console.JobConfigOption = None,
     set: console.SetOption = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Maximum number of classes to print.")] = 1000,
     rebuild: Annotated[

@@ -7,14 +7,15 @@ import importlib.util
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipeline.read.table_files import DataFile, read_parquet
-from pipeline.storage import ObjectInfo, Storage, StorageError, normalize_uri
+from pipeline.read.table_files import DataFile, normalize_location, read_parquet
+from pipeline.storage import ObjectInfo, Storage, StorageError
 
 _METADATA_FILE = re.compile(r"/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json(?:\.gz)?$")
 _COMPACT = "rewrite the files, with REORG TABLE ... APPLY (PURGE) in Delta or rewrite_data_files in Iceberg"
@@ -71,10 +72,9 @@ def snapshot_files(storage: Storage, uri: str) -> list[ObjectInfo]:
 
 
 def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
-    _require(uri, "Delta", "deltalake", "delta")
-    import deltalake
+    with _table_errors(uri, "Delta", "deltalake", "delta"):
+        import deltalake
 
-    try:
         table = deltalake.DeltaTable(uri, storage_options=storage.object_store_options(uri))
         actions = pa.table(table.get_add_actions(flatten=True)).to_pylist()
         problems = {*(table.protocol().reader_features or ())} - _DELTA_FEATURES
@@ -83,15 +83,13 @@ def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
         if "deletionVectors" in (table.protocol().reader_features or ()):
             problems |= {"deletionVectors"} if pa.table(table.deletion_vectors()).num_rows else set()
         schema = pa.schema(table.schema())
-    except Exception as error:  # deltalake and Arrow raise many classes
-        raise StorageError(uri, f"cannot be read as a Delta table: {_text(error)}") from error
     if problems:
         cause = f"the Delta table uses features that are not supported: {', '.join(sorted(problems))}"
         raise StorageError(uri, f"{cause}; {_COMPACT}, or copy the table without them")
 
     def file(action: Mapping[str, Any]) -> DataFile:
         path = action["path"]
-        name = normalize_uri(path) if "://" in path else f"{uri}/{unquote(path)}"
+        name = normalize_location(path) if "://" in path else f"{uri}/{unquote(path)}"
         partition = {x.name: pa.scalar(action.get(f"partition.{x.name}"), x.type) for x in schema}
         return DataFile(name, uri, schema, partial(read_parquet, storage, name, None, partition), table=uri)
 
@@ -99,20 +97,16 @@ def _open_delta(storage: Storage, uri: str) -> list[DataFile]:
 
 
 def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
-    _require(uri, "Iceberg", "pyiceberg", "iceberg")
-    from pyiceberg.expressions import AlwaysTrue
-    from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
-    from pyiceberg.table import StaticTable
-
     options = storage.object_store_options(uri)
     properties = {name: options[other] for other, name in _ICEBERG_OPTIONS.items() if other in options}
-    try:
+    with _table_errors(uri, "Iceberg", "pyiceberg", "iceberg"):
+        from pyiceberg.expressions import AlwaysTrue
+        from pyiceberg.io.pyarrow import ArrowScan, schema_to_pyarrow
+        from pyiceberg.table import StaticTable
+
         table = StaticTable.from_metadata(uri, properties)
         tasks = list(table.scan().plan_files()) if table.current_snapshot() else []
         schema = schema_to_pyarrow(table.schema(), include_field_ids=False)
-    except Exception as error:
-        remedy = f"; {_COMPACT}" if "deletes" in str(error) else ""
-        raise StorageError(uri, f"cannot be read as an Iceberg table: {_text(error)}{remedy}") from error
 
     def file(task: Any) -> DataFile:
         def read(columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -120,24 +114,23 @@ def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
             for batch in scan.to_record_batches([task]):
                 yield batch.select(list(columns))
 
-        name = _normalized(task.file.file_path)
+        name = normalize_location(task.file.file_path)
         return DataFile(name, folder, schema, read, bool(task.delete_files), folder)
 
-    folder = _normalized(table.location())
+    folder = normalize_location(table.location())
     return [file(task) for task in tasks]
 
 
-def _require(uri: str, format: str, package: str, extra: str) -> None:
+@contextmanager
+def _table_errors(uri: str, format: str, package: str, extra: str) -> Iterator[None]:
     if importlib.util.find_spec(package) is None:
         cause = f"{format} tables require the package {package}: pip install 'cvt-label[{extra}]'"
         raise StorageError(uri, cause)
-
-
-def _normalized(location: str) -> str:
-    """Returns the normalized URI of a location, which Hadoop may have written, such as `s3a://b/c`."""
-    return normalize_uri(re.sub(r"^s3[an]://", "s3://", location))
-
-
-def _text(error: Exception) -> str:
-    text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", re.split(r"\n\s*0: ", str(error))[0])
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    try:
+        yield
+    except Exception as error:  # the packages and Arrow raise many classes
+        # Without colors, and without the place in the code of Rust.
+        text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", re.split(r"\n\s*0: ", str(error))[0])
+        text = f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+        remedy = f"; {_COMPACT}" if "deletes" in text else ""
+        raise StorageError(uri, f"the {format} table cannot be read: {text}{remedy}") from error

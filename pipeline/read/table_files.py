@@ -20,11 +20,13 @@ from pipeline.read.shards import (
     file_extension,
     table_suffix,
 )
-from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors
+from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors, normalize_uri
 
 #: The column of an inventory's file with the versions of the objects.
 VERSION = "cvt_label_version"
 _BATCH_ROWS, _MAX_LINE_BYTES = 1000, 16 * 1024**2
+#: Schemes as Hadoop and others write them.
+SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
 #: What to do about an error of Arrow, by a part of its message.
 _REMEDIES = {
     "columns, got": "correct the line, or set input.csv_columns to the names of all columns",
@@ -96,6 +98,13 @@ def open_file(storage: Storage, info: ObjectInfo, csv_columns: Sequence[str] | N
 
     file = DataFile(info.uri, folder, schema, read)
     return _parse_json(file) if "json" in suffix else file
+
+
+def normalize_location(location: str) -> str:
+    """Returns the normalized URI of a location, whose scheme Hadoop may have written, such as `s3a://b/c`."""
+    scheme, separator, rest = location.partition("://")
+    scheme = SPELLINGS.get(scheme.lower(), scheme.lower())
+    return normalize_uri(f"{scheme}://{rest}" if separator else location)
 
 
 def _parse_json(file: DataFile) -> DataFile:

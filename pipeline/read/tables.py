@@ -31,7 +31,7 @@ from pipeline.read.parquet import describe_columns, read_class_names, read_value
 from pipeline.read.samples import Sample
 from pipeline.read.shards import IMAGE_EXTENSIONS, IgnoreReason, Shard, file_extension, table_suffix
 from pipeline.read.snapshots import DataFile, open_snapshot
-from pipeline.read.table_files import VERSION, open_file, open_inventory
+from pipeline.read.table_files import SPELLINGS, VERSION, normalize_location, open_file, open_inventory
 from pipeline.storage import (
     ABSENT,
     AccessDenied,
@@ -57,8 +57,7 @@ _URI_NAMES = {
     "file_name", "filename", "image_file", "s3_uri", "s3_path", "gcs_uri",
 }  # fmt: skip
 _BUCKET, _MAX_KEY_BYTES = re.compile(r"[A-Za-z0-9._-]{1,255}"), 1024
-_SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
-_SCHEMES = {"s3", "gs", "http", "https", "file"}
+_SCHEMES = {*SPELLINGS, "s3", "gs", "http", "https", "file"}
 _FILTERED, _CLASS_NAMES = "cvt_label_filtered", b"class_names"
 _ROW_SCHEMA = pa.schema({"uri": pa.string(), "error": pa.string(), "key": pa.string()})
 
@@ -241,24 +240,22 @@ def resolve_uri(text: str, folder: str) -> str:
     """Returns the normalized URI of an image; raises `ValueError` or `StorageError` for another text."""
     text.encode()
     scheme, separator, rest = text.partition("://")
-    scheme = _SPELLINGS.get(scheme.lower(), scheme.lower()) if separator else ""
+    scheme = scheme.lower()
     is_path = not separator and (is_relative(text) or text.startswith(("/", "file:/")))
     if re.search(r"[\0-\x1f\x7f]|^data:", text) or not (is_path or scheme in _SCHEMES):
         raise ValueError("not the URI of an image; s3://, gs://, http(s)://, file:// and paths are supported")
-    if scheme in ("http", "https"):
+    if separator and scheme in ("http", "https"):
         address = urlsplit(text)
         if not address.hostname or "@" in address.netloc:
             raise ValueError("the URI has no host, or contains credentials")
         _ = address.port  # raises
         return f"{scheme}://{rest}"
-    if separator:
-        uri = normalize_uri(f"{scheme}://{rest}")
-        bucket, _, key = rest.partition("/")
-        if scheme != "file" and not (_BUCKET.fullmatch(bucket) and 0 < len(key.encode()) <= _MAX_KEY_BYTES):
+    if separator or not is_relative(text):
+        uri = normalize_location(text)
+        bucket, _, key = uri.partition("://")[2].partition("/")
+        if "://" in uri and not (_BUCKET.fullmatch(bucket) and 0 < len(key.encode()) <= _MAX_KEY_BYTES):
             raise ValueError("the URI has no valid bucket and key")
         return uri
-    if not is_relative(text):
-        return normalize_uri(text)
     scheme, separator, place = folder.partition("://")
     if not separator:
         return normalize_uri(f"{folder}/{text}")
@@ -308,15 +305,13 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
             found |= listed or {}
         others = [uri for uri, version in found.items() if version is None]
         found |= zip(others, pool.map(partial(ask, storage.version), others), strict=True)
-    versions = {uri: version for uri, version in found.items() if version is not None}
     if check == "always" and remote:
         with storage.downloader() as downloader:
             for start in range(0, len(remote), _SHARD_ROWS):
                 for uri, head in [(x, downloader.head(x)) for x in remote[start : start + _SHARD_ROWS]]:
                     with suppress(StorageError):  # reading reports it
-                        if (known := head.result().version) is not None:
-                            versions[uri] = known
-    return versions
+                        found[uri] = head.result().version
+    return {uri: version for uri, version in found.items() if version is not None}
 
 
 def _find_uri_column(section: InputConfig, file: DataFile) -> str:

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +22,15 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-
 #: Variables with the address of a cluster. Ray prefers them to an address that is passed as an argument.
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-
 _MAX_RECONNECTIONS = 10  # in a row
 _POLL_SECONDS = 1.0
 _LOG_CHARACTERS_PER_S = 1_000_000
-
 #: Environment variable of the job that contains the configuration.
 CONFIG_VARIABLE = "CVT_LABEL_CONFIG"
-
 #: The value of `program` in the metadata of labeling jobs.
 PROGRAM = "cvt-label"
-
 #: Seconds, in addition to `run.grace_period_s`, in which a stopped job can write manifest and statistics.
 _SHUTDOWN_SECONDS = 60
 _IDEMPOTENCY_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
@@ -147,14 +142,10 @@ class Submission:
     @property
     def entrypoint(self) -> str:
         """The command that the cluster runs. `exec` replaces the shell, so that the job receives signals."""
-        options = {
-            "--retry-errors": self.selection.retry_errors,
-            "--relabel": self.selection.relabel,
-            "--prune": self.selection.prune,
-            "--wait": self.wait,
-        }
         command = [self.submit_config.python, "-m", "jobs.label", f"--config=env:{CONFIG_VARIABLE}"]
-        return f"exec {shlex.join([*command, *(name for name, is_set in options.items() if is_set)])}"
+        options = asdict(self.selection) | {"wait": self.wait}
+        command += [f"--{name.replace('_', '-')}" for name, is_set in options.items() if is_set]
+        return f"exec {shlex.join(command)}"
 
     @property
     def runtime_env(self) -> dict[str, Any]:
