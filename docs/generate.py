@@ -107,7 +107,7 @@ COMMAND_LINE = f"""\
 
 {NOTE}
 `cvt-label COMMAND` runs a command. `cvt-label COMMAND --help` prints the text of this page.
-`python -m jobs.COMMAND` is the same command as a Python module, for `ray job submit`.
+As Python modules: `python -m jobs.cli COMMAND`, and `python -m jobs.label` for `ray job submit`.
 {EXIT_STATUSES} The page [Exit statuses](exit-statuses.md) explains every status.
 """
 

@@ -1,6 +1,6 @@
 """The command line `cvt-label`, which has every command of this package.
 
-Importing a command takes about a second, so only the command that runs is imported.
+Importing a command takes about a second, so only the command that runs is imported, and for `--help` none.
 """
 
 import ast
@@ -11,13 +11,19 @@ from typing import Annotated
 
 import typer
 
-from jobs.app import make_app
 from pipeline import __version__
 
 COMMANDS = (
     "label", "plan", "stats", "report", "compare", "publish", "submit", "status", "logs", "stop", "schedule",
     "metrics", "demo", "pack", "train", "convert", "verify", "config", "benchmark",
 )  # fmt: skip
+
+
+def make_app() -> typer.Typer:
+    """Returns an empty command line. Unexpected errors are plain Python tracebacks; help is plain text."""
+    return typer.Typer(
+        pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True, rich_markup_mode=None
+    )
 
 
 def make_cli(command: str | None = None) -> typer.Typer:

@@ -1,4 +1,4 @@
-"""Compares the labels of two models or two runs: `python -m jobs.compare A B`, or `cvt-label compare`."""
+"""Compares the labels of two models or two runs: `cvt-label compare`."""
 
 import sys
 from typing import Annotated
@@ -118,7 +118,3 @@ def _print_classes(found: Comparison, top: int) -> None:
             cells.append(format_percent(row["same"] / row["compared_a"] if row["compared_a"] else None))
         rows.append(cells)
     console.print_table("Classes that changed most", ["label"], headings, rows)
-
-
-if __name__ == "__main__":
-    console.run_command(compare)

@@ -1,11 +1,10 @@
-"""Prints the JSON Schema of configuration files: `python -m jobs.config`, or `cvt-label config`."""
+"""Prints the JSON Schema of configuration files: `cvt-label config`."""
 
 import json
 from typing import Annotated, Literal
 
 import typer
 
-from jobs import console
 from pipeline.config import json_schema
 
 
@@ -17,7 +16,3 @@ def config(
     The schema has the description, type, limits and default of each field.
     """
     typer.echo(json.dumps(json_schema(schema), indent=2))
-
-
-if __name__ == "__main__":
-    console.run_command(config)

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cvt.errors import CheckpointError
-from jobs.app import make_app
 from pipeline import find_partition, load_job_config, open_partition
 from pipeline.commit import LeaseHeldError, LeaseLostError, Partition
 from pipeline.config import ConfigError, check_environment
@@ -122,13 +121,6 @@ stderr = Console(stderr=True)
 def add_command(app: typer.Typer, command: Callable[..., None]) -> None:
     """Adds a command to a command line. Its errors end with a message and an exit status."""
     app.command(epilog=EXIT_STATUSES)(exit_on_error()(command))
-
-
-def run_command(command: Callable[..., None]) -> None:
-    """Runs one command, for `python -m jobs.<command>`."""
-    app = make_app()
-    add_command(app, command)
-    app()
 
 
 @contextmanager

@@ -96,7 +96,3 @@ def _check_target(target: Path, to: Layout) -> None:
         problem = "is under a file, not a folder"
     if problem is not None:
         raise typer.BadParameter(f"{target}: {problem}", param_hint="TARGET")
-
-
-if __name__ == "__main__":
-    console.run_command(convert)

@@ -54,7 +54,3 @@ def demo(
         console.print_line(f"{pluralize(labels.num_rows, 'label')} in {files}, copied to {output}/")
         # The S3 server ends with the demo, so the path in the summary above can't be opened.
         console.print_line(f"report: {output}/{partition.name}/report.html")
-
-
-if __name__ == "__main__":
-    console.run_command(demo)

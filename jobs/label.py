@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from jobs import console
+from jobs.cli import make_app
 from jobs.console import ExitStatus, print_notice
 from jobs.progress import ProgressView
 from pipeline import RunResult, load_job_config
@@ -136,4 +137,6 @@ def print_result(result: RunResult) -> None:
 
 
 if __name__ == "__main__":
-    console.run_command(label)
+    app = make_app()
+    console.add_command(app, label)
+    app()

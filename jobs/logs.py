@@ -1,4 +1,4 @@
-"""Prints the log of a submitted job: `python -m jobs.logs JOB`, or `cvt-label logs`."""
+"""Prints the log of a submitted job: `cvt-label logs`."""
 
 from typing import Annotated
 
@@ -26,7 +26,3 @@ def logs(
     if follow:
         follow_job(client, job)
     console.print_log(client.logs(job))
-
-
-if __name__ == "__main__":
-    console.run_command(logs)

@@ -1,4 +1,4 @@
-"""Prints metrics of the last runs for Prometheus: `python -m jobs.metrics`, or `cvt-label metrics`."""
+"""Prints metrics of the last runs for Prometheus: `cvt-label metrics`."""
 
 import sys
 from datetime import datetime
@@ -79,7 +79,3 @@ def metrics(
     else:
         write_to_textfile(str(output), registry)
     sys.exit(exit_status)
-
-
-if __name__ == "__main__":
-    console.run_command(metrics)

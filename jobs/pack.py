@@ -1,4 +1,4 @@
-"""Packs images into tars: `python -m jobs.pack INPUT SHARDS`, or `cvt-label pack INPUT SHARDS`."""
+"""Packs images into tars: `cvt-label pack INPUT SHARDS`."""
 
 import io
 import json
@@ -174,7 +174,3 @@ def _to_json(value: pa.Scalar) -> object:
         value = value.cast(pa.string())
     found: object = value.as_py()
     return found.decode(errors="backslashreplace") if isinstance(found, bytes) else found
-
-
-if __name__ == "__main__":
-    console.run_command(pack)

@@ -1,4 +1,4 @@
-"""Prints what a labeling job would do: `python -m jobs.plan --config FILE`, or `cvt-label plan`."""
+"""Prints what a labeling job would do: `cvt-label plan`."""
 
 from collections import Counter
 from typing import Annotated
@@ -61,7 +61,3 @@ def _describe_size(planned: Plan) -> str:
     formats = Counter(shard.format for shard in planned.shards)
     parts = [pluralize(count, _UNITS[name]) for name, count in sorted(formats.items())]
     return f"{', '.join(parts) or '0 shards'}; {size}"
-
-
-if __name__ == "__main__":
-    console.run_command(plan)

@@ -1,4 +1,4 @@
-"""Publishes a partition as a Delta table: `python -m jobs.publish URI --to TABLE`, or `cvt-label publish`."""
+"""Publishes a partition as a Delta table: `cvt-label publish`."""
 
 import sys
 from typing import Annotated
@@ -50,7 +50,3 @@ def publish(
             f"{pluralize(pending, 'shard')} changed after the manifest was written: publish again later"
         )
         sys.exit(console.ExitStatus.INCOMPLETE)
-
-
-if __name__ == "__main__":
-    console.run_command(publish)

@@ -1,4 +1,4 @@
-"""Writes the report of a partition: `python -m jobs.report URI`, or `cvt-label report URI`."""
+"""Writes the report of a partition: `cvt-label report URI`."""
 
 from typing import Annotated
 
@@ -33,7 +33,3 @@ def report(
     """
     partition = console.resolve_partition(uri, config, set)
     console.print_line(f"report written to {write_report(partition, run, against or (), output)}")
-
-
-if __name__ == "__main__":
-    console.run_command(report)

@@ -1,4 +1,4 @@
-"""Submits labeling jobs on a schedule: `python -m jobs.schedule --config FILE`, or `cvt-label schedule`."""
+"""Submits labeling jobs on a schedule: `cvt-label schedule`."""
 
 import sys
 import time
@@ -88,7 +88,3 @@ def _field(name: str, value: str) -> str:
 
 def _format_time(time: datetime) -> str:
     return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-if __name__ == "__main__":
-    console.run_command(schedule)

@@ -1,4 +1,4 @@
-"""Prints the class statistics of a partition: `python -m jobs.stats URI`, or `cvt-label stats URI`."""
+"""Prints the class statistics of a partition: `cvt-label stats URI`."""
 
 from typing import Annotated
 
@@ -53,7 +53,3 @@ def stats(
     if total.has_targets:
         fields["accuracy"] = console.format_accuracy(total, topk)
     console.print_fields(fields)
-
-
-if __name__ == "__main__":
-    console.run_command(stats)

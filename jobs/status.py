@@ -1,4 +1,4 @@
-"""Prints the state of jobs on a Ray cluster: `python -m jobs.status [JOB]`, or `cvt-label status`."""
+"""Prints the state of jobs on a Ray cluster: `cvt-label status`."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -41,7 +41,3 @@ def _row(job: SubmittedJob) -> dict[str, str]:
         "took": "-" if took is None else str(timedelta(seconds=took)),
         "status": "-" if job.exit_status is None else str(job.exit_status),
     }
-
-
-if __name__ == "__main__":
-    console.run_command(status)

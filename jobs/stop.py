@@ -1,4 +1,4 @@
-"""Stops a submitted job: `python -m jobs.stop JOB`, or `cvt-label stop`."""
+"""Stops a submitted job: `cvt-label stop`."""
 
 from jobs import console
 from pipeline.schedule import JobClient
@@ -12,7 +12,3 @@ def stop(job: console.JobArgument, address: console.AddressOption = None) -> Non
     """
     ended = JobClient(address).stop(job)
     console.print_line(f"{job} {ended.state.lower()}, exit status {ended.exit_status}")
-
-
-if __name__ == "__main__":
-    console.run_command(stop)

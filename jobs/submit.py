@@ -1,4 +1,4 @@
-"""Submits a labeling job to a Ray cluster: `python -m jobs.submit --config FILE`, or `cvt-label submit`."""
+"""Submits a labeling job to a Ray cluster: `cvt-label submit`."""
 
 import shlex
 import sys
@@ -83,7 +83,3 @@ def follow(client: JobClient, job: str) -> Never:
 
 def _arguments(client: JobClient, job: str) -> str:
     return shlex.join([job, "--address", client.address])
-
-
-if __name__ == "__main__":
-    console.run_command(submit)

@@ -1,4 +1,4 @@
-"""Trains a model on labeled shards: `python -m jobs.train --config FILE`, or `cvt-label train`."""
+"""Trains a model on labeled shards: `cvt-label train`."""
 
 from collections.abc import Mapping
 
@@ -40,7 +40,3 @@ def describe_progress(progress: Mapping[str, float], config: TrainConfig) -> tup
     text = f"epoch {epoch}/{epochs}, step {step:,}/{steps:,}, train loss {progress['train_loss']:.4f}"
     done = (epoch - 1) * steps + step
     return text, int(done * config.images_per_step), done / (epochs * steps)
-
-
-if __name__ == "__main__":
-    console.run_command(train)

@@ -67,7 +67,3 @@ def agreement(precision: str, logits: np.ndarray, reference: np.ndarray) -> tupl
     difference = float(abs(logits - reference).max())
     min_top1, max_difference = GOALS[precision]
     return top1, difference, top1 >= min_top1 and difference <= max_difference
-
-
-if __name__ == "__main__":
-    console.run_command(verify)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from click.testing import Result
 from typer.testing import CliRunner
 
-from jobs.app import make_app
-from jobs.cli import make_cli
+from jobs.cli import make_app, make_cli
 from jobs.console import add_command
 
 CompletedProcess = subprocess.CompletedProcess[str]

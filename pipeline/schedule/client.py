@@ -100,7 +100,8 @@ class SubmittedJob:
     def is_labeling(self) -> bool:
         """Whether `submit` or `schedule` submitted the job, or `ray job submit` with a labeling command."""
         has_metadata = self.metadata.get("program") == PROGRAM
-        return has_metadata or re.search(r"\bjobs\.label\b|\bcvt-label label\b", self.entrypoint) is not None
+        command = r"\b(jobs\.label|(jobs\.cli|cvt-label) label)\b"
+        return has_metadata or re.search(command, self.entrypoint) is not None
 
 
 @dataclass(frozen=True)

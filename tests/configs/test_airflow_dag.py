@@ -16,7 +16,7 @@ import jinja2
 import pytest
 import typer
 
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.console import add_command
 from jobs.submit import submit
 from pipeline.config import Config, load_config

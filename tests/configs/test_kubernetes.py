@@ -24,7 +24,7 @@ import typer
 import yaml
 
 from cvt.architecture import PRESETS, Architecture, count_macs
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.console import add_command
 from pipeline.config import Config, load_config
 from pipeline.dataflow import ClusterCapacity, ResourceRequest, Resources, choose_resources
@@ -194,16 +194,17 @@ def pods() -> dict[str, Json]:
 @pytest.mark.parametrize("name", commands())
 def test_command_lines_parse_and_name_the_mounted_file(name: str) -> None:
     words = [word for word in shlex.split(commands()[name]) if word != "exec"]
-    assert words[:2] == ["python", "-m"]
-    package, _, command = words[2].partition(".")
-    assert package == "jobs"
+    python, option, module, *arguments = words
+    assert (python, option) == ("python", "-m")
+    command = "label" if module == "jobs.label" else arguments.pop(0)
+    assert module in ("jobs.label", "jobs.cli")
     app = make_app()
-    add_command(app, getattr(importlib.import_module(words[2]), command))
-    parsed = typer.main.get_command(app).make_context(command, words[3:]).params
+    add_command(app, getattr(importlib.import_module(f"jobs.{command}"), command))
+    parsed = typer.main.get_command(app).make_context(command, arguments).params
     (file,) = MANIFESTS["config.yaml"][0]["data"]
     assert str(parsed["config"]) == f"/etc/cvt-label/{file}"
     with pytest.raises(Exception, match="No such option"):
-        typer.main.get_command(app).make_context(command, [*words[3:], "--no-such-option"])
+        typer.main.get_command(app).make_context(command, [*arguments, "--no-such-option"])
 
 
 def test_job_name_of_the_cronjob_is_a_valid_idempotency_key() -> None:

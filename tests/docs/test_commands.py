@@ -55,8 +55,10 @@ def own_commands(line: str) -> list[list[str]]:
         part = [] if is_separator else [*words]
         if "cvt-label" in part:
             found.append(part[part.index("cvt-label") + 1 :])
-        elif module := next((word for word in part if word.startswith("jobs.")), None):
-            found.append([module.removeprefix("jobs."), *part[part.index(module) + 1 :]])
+        elif "jobs.cli" in part:
+            found.append(part[part.index("jobs.cli") + 1 :])
+        elif "jobs.label" in part:
+            found.append(["label", *part[part.index("jobs.label") + 1 :]])
     return found
 
 
@@ -104,7 +106,9 @@ def all_options() -> frozenset[str]:
 
 def test_unknown_option_is_found() -> None:
     """The check itself: a wrong option in a line with several commands is noticed."""
-    lines = own_commands("RAY_AUTH_MODE=token cvt-label plan --config a.yaml && python -m jobs.stats --mst 3")
+    lines = own_commands(
+        "RAY_AUTH_MODE=token cvt-label plan --config a.yaml && python -m jobs.cli stats --mst 3"
+    )
     assert lines == [["plan", "--config", "a.yaml"], ["stats", "--mst", "3"]]
     [_, (name, *words)] = lines
     assert "--mst" in (problem(name, words) or "")

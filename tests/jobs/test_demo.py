@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 #: 127.0.0.1 in /proc/net/tcp, and as an IPv6 address in /proc/net/tcp6.
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
 UV = [f"{sys.prefix}/bin/uv"]
-DEMO = [sys.executable, "-m", "jobs.demo", "--output"]
+DEMO = [sys.executable, "-m", "jobs.cli", "demo", "--output"]
 
 
 def test_demo_labels_its_images_and_keeps_a_copy(tmp_path: Path) -> None:

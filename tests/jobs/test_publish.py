@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.console import add_command
 from jobs.local_s3 import LocalS3
 from jobs.publish import publish
@@ -216,7 +216,7 @@ def test_no_secret_is_written_or_logged(
 ) -> None:
     """Runs in a separate process with debug logs of the libraries."""
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.publish", dataset.uri, "--to", f"{bucket}/table"],
+        [sys.executable, "-m", "jobs.cli", "publish", dataset.uri, "--to", f"{bucket}/table"],
         env=os.environ | {"RUST_LOG": "debug"},
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cvt.checkpoints import BUNDLED
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.console import add_command
 from jobs.label import label
 from jobs.plan import plan

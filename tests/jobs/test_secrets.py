@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import pipeline
 from cvt.errors import CheckpointError
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.compare import compare
 from jobs.console import OneLineFormatter, add_command, exit_on_error
 from jobs.label import label

@@ -141,7 +141,7 @@ def test_stopped_job_ends_with_130(cluster: str, job: Path, sleeper: str) -> Non
     assert f"job {name} for the same dataset and model is" in other_key.stderr
 
     following = subprocess.Popen(
-        [sys.executable, "-m", "jobs.logs", name, "--address", cluster, "--follow"],
+        [sys.executable, "-m", "jobs.cli", "logs", name, "--address", cluster, "--follow"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

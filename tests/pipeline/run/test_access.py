@@ -21,7 +21,7 @@ from pyarrow.fs import S3FileSystem
 from typer.testing import CliRunner
 
 from cvt.checkpoints import BUNDLED
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.compare import compare
 from jobs.console import add_command
 from jobs.local_s3 import LocalS3

@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs import label as label_command
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.console import add_command
 from pipeline.commit import Progress
 from pipeline.config import LABEL_NEW, Selection

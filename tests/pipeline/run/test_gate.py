@@ -11,7 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs import label as label_command
-from jobs.app import make_app
+from jobs.cli import make_app
 from jobs.compare import compare
 from jobs.console import add_command
 from pipeline.config import Config, Selection, load_config
