@@ -164,6 +164,7 @@ def measure_driver(settings: Row, report: Report) -> None:
         decoders=2 if settings["decode_tasks"] else 0,
         classify_cpus=0.001,
         classify_gpus=1.0,
+        min_actors=processes,
         initial_actors=processes,
         max_actors=processes,
         threads=1,
@@ -282,7 +283,7 @@ def measure_planning(settings: Row, report: Report) -> None:
             raise CheckError(f"the first plan has {len(first.shards):,} of {count:,} shards")
         from pipeline.dataflow.ray_executor import ShardSource
 
-        source = ShardSource(first.shards, cast(Any, None), cast(Any, None))
+        source = ShardSource(first.shards, cast(Any, iter))
         timed("make the read tasks of Ray Data", partial(source.get_read_tasks, 1))
         del first, source
         rows = partial(_manifest_rows, count, statistics)

@@ -44,7 +44,6 @@ from jobs.benchmarks.runs import ContenderResult, run_contender
 from jobs.benchmarks.sections import CannotRunError, Report, Row
 from jobs.reference import transformers_classifier
 from pipeline.decode import decode
-from pipeline.decode.cpu_share import balanced_share
 from pipeline.decode.gpu import nvjpeg
 from pipeline.run import installed_version
 
@@ -152,6 +151,14 @@ def measure_decoding(settings: Row, report: Report) -> None:
     row(
         "best decode.cpu_share, with these threads as classify.num_cpus", [], cpu_share=share, threads=threads
     )
+
+
+def balanced_share(cpu_images_per_s: float, gpu_images_per_s: float) -> float:
+    """Returns the share at which both decoders finish at the same time, rounded to 1 %.
+
+    The rates are those of all CPU threads together, and of the GPU alone, in images/s.
+    """
+    return round(cpu_images_per_s / (cpu_images_per_s + gpu_images_per_s), 2)
 
 
 def measure_model(settings: Row, report: Report) -> None:

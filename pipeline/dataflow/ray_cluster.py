@@ -25,12 +25,14 @@ _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"
 #: The same for a local Ray. Idle workers stay for a minute, instead of starting a process per chunk. All
 #: processes listen on loopback only: despite its name, the variable works on Linux too. Workers use this
 #: interpreter, also under `uv run`, where Ray would pack the working directory. Ray searches its node for
-#: 30 seconds in total. Short attempts let Ctrl-C end the search between two of them.
+#: 30 seconds in total. Short attempts let Ctrl-C end the search between two of them. The newer autoscaler,
+#: the default of `ray start`, ends at once; `ray.shutdown` would wait for the other one for a second.
 _LOCAL_ENVIRONMENT = {
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_raylet_start_wait_time_s": "5",
+    "RAY_enable_autoscaler_v2": "1",
 }
 
 #: Variables with which a user selects how Ray authenticates clients.
@@ -99,19 +101,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
                 yield
         finally:
             with interrupts_deferred():  # an interrupt would leave processes behind
-                if address == LOCAL:
-                    _kill_autoscaler()
                 ray.shutdown()
-
-
-def _kill_autoscaler() -> None:
-    """Kills the autoscaler of a local Ray, which has no node to add; `ray.shutdown` waits a second for it."""
-    import psutil  # comes with Ray
-
-    for process in psutil.Process().children():
-        with suppress(psutil.Error):
-            if any("/ray/autoscaler/" in argument for argument in process.cmdline()):
-                process.kill()
 
 
 def _session_folder() -> AbstractContextManager[Path]:

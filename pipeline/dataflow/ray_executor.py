@@ -5,7 +5,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
@@ -21,7 +21,7 @@ from ray.exceptions import ActorDiedError
 from pipeline.attempts import Attempt, Attempts
 from pipeline.config import ConfigError, RayConfig
 from pipeline.dataflow.metrics import RunMetrics
-from pipeline.dataflow.resources import ClusterCapacity, ResourceRequest, Resources, choose_pools, matches
+from pipeline.dataflow.resources import ResourceRequest, Resources, choose_pools, matches
 from pipeline.dataflow.shard_queue import ShardQueue
 from pipeline.dataflow.stages import Classifier, ReadStep, Stages, call_after
 from pipeline.decode import DecodeOptions, decode_chunk, hide_pillow_warnings
@@ -39,6 +39,10 @@ MAX_READ_TASKS = 10_000
 def _on_this_node() -> dict[str, Any]:
     """Returns options of an actor on the driver's node, so that the loss of another node keeps its state."""
     return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+
+
+#: Reads numbered shards to blocks in a read task.
+ShardReader = Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]]
 
 
 class AttemptLimit:
@@ -72,25 +76,10 @@ class ShardSource(Datasource):
     A retried read yields the same chunks: the plan is passed by value, and versions are pinned.
     """
 
-    def __init__(
-        self,
-        plan: Sequence[Shard],
-        step: ray.ObjectRef[ReadStep],  # with 22,000 class names, a step is too large for each task
-        limit: AttemptLimit,
-        shards_per_task: int = 1,
-        take: Callable[[int, int], ray.ObjectRef[Any]] | None = None,
-    ) -> None:
-        """Creates the source; with `shards_per_task`, a task reads a chunk of each of its shards in turn.
-
-        With `take`, each task reads other shards instead of its own: those of `ShardQueue.take`.
-        """
+    def __init__(self, plan: Sequence[Shard], read: ShardReader, shards_per_task: int = 1) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._plan = plan
+        self._plan, self._read = plan, read
         self._shards_per_task = max(shards_per_task, math.ceil(len(plan) / MAX_READ_TASKS))
-        read = _read_shards if shards_per_task == 1 else _read_shards_in_turn
-        self._read = partial(read, step=step, limit=limit)
-        if take is not None:
-            self._read = partial(_read_taken, take=take, read=self._read)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Returns None: the size is unknown before reading."""
@@ -118,21 +107,19 @@ class ShardSource(Datasource):
 
 
 def _read_taken(
-    own: Sequence[tuple[int, Shard]],
-    take: Callable[[int, int], ray.ObjectRef[Any]],
-    read: Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]],
+    own: Sequence[tuple[int, Shard]], queue: Any, pool: int, read: ShardReader
 ) -> Iterator[pa.Table]:
     """Reads the shards that the queue gives to this task, which the first of its own shards identifies.
 
     A task that waits for shards in `ray.get` keeps no CPU.
     """
-    yield from read(ray.get(take(own[0][0], len(own))))
+    yield from read(ray.get(queue.take.remote(pool, own[0][0], len(own))))
 
 
-def _read_shards(
+def read_shards(
     shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
-    """Reads shards. A shard that kills its workers becomes an error."""
+    """Reads shards one after another. A shard that kills its workers becomes an error."""
     read = ray.get(step)
     for number, shard in shards:
         work = f"reading shard {number} of the plan"
@@ -156,11 +143,11 @@ def _repeat_last(chunks: Iterator[Chunk], results: int) -> Iterator[Chunk]:
     yield from [chunk] * (results + (chunk.error is not None))
 
 
-def _read_shards_in_turn(
+def read_shards_in_turn(
     shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
 ) -> Iterator[pa.Table]:
     """Yields a chunk of each shard in turn."""
-    for blocks in zip_longest(*(_read_shards([shard], step, limit) for shard in shards)):
+    for blocks in zip_longest(*(read_shards([shard], step, limit) for shard in shards)):
         yield from (block for block in blocks if block is not None)
 
 
@@ -189,11 +176,19 @@ def decode_block(block: pa.Table, options: DecodeOptions, limit: AttemptLimit) -
 class _ClassifierActor:
     """Holds a classifier during the run."""
 
-    def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit) -> None:
+    def __init__(
+        self,
+        stages: ray.ObjectRef[Stages],
+        resources: Resources,
+        limit: AttemptLimit,
+        join: Callable[[Any], object] | None,
+    ) -> None:
         hide_pillow_warnings()  # of the GPU decoder
         classifier = ray.get(stages).make_classifier(resources)
         self._step = partial(classify_or_die, classifier=classifier)
         self._limit = limit
+        if join is not None:
+            join(ray.get_runtime_context().get_actor_id())
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         return _process(block, self._step, self._limit, "classifying")
@@ -221,19 +216,9 @@ class RayExecutor:
 
     def resources(self, request: ResourceRequest) -> Resources:
         """Returns the resources of the stages on the current cluster."""
-        alive = [node for node in ray.nodes() if node["Alive"]]
-
-        def capacity(selector: Mapping[str, str]) -> ClusterCapacity:
-            labels = {**self._settings.label_selector, **selector}
-            nodes = [node["Resources"] for node in alive if matches(node["Labels"], labels)]
-            return ClusterCapacity(
-                cpus=sum(node.get("CPU", 0.0) for node in nodes),
-                gpus=sum(node.get("GPU", 0.0) for node in nodes),
-                node_cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-                node_memory=min((node.get("memory", math.inf) for node in nodes), default=math.inf),
-            )
-
-        return choose_pools(request, capacity)
+        selector = self._settings.label_selector
+        nodes = [node for node in ray.nodes() if node["Alive"] and matches(node["Labels"], selector)]
+        return choose_pools(request, nodes)
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics:
         """Returns metrics for Prometheus, which Ray's agents export."""
@@ -246,19 +231,17 @@ class RayExecutor:
         settings = self._settings
         _set_context(settings, stages.max_attempt_seconds)
         limit = AttemptLimit(settings.task_retries + 1)
-        pools = list(zip(stages.classify.each_pool, (resources, *resources.helpers), strict=True))
+        pools = (resources, *resources.helpers)
         queue: Any = None
-        if len(pools) > 1:
-            # A slow pool takes a shard per classifier in advance. The first pool never waits.
-            limits = [math.inf, *(pool.max_actors + 1 for pool in resources.helpers)]
-            queue = ray.remote(**_on_this_node())(ShardQueue).remote(shards, limits)
+        if resources.helpers:
+            queue = ray.remote(**_on_this_node())(ShardQueue).remote(shards, len(pools))
         labeled = []
-        for number, (classify, pool) in enumerate(pools):
-            take = None if queue is None else partial(queue.take.remote, number)
-            if number:  # a pool that waits for shards keeps its actors
-                classify = classify.model_copy(update={"min_actors": pool.initial_actors})
-            source = ShardSource(shards, ray.put(stages.make_read_step(pool)), limit, take=take)
-            labeled.append(_label_source(source, replace(stages, classify=classify), pool, limit))
+        for number, pool in enumerate(pools):
+            join, read = None, partial(read_shards, step=ray.put(stages.make_read_step(pool)), limit=limit)
+            if queue is not None:
+                join = partial(queue.join.remote, number)
+                read = partial(_read_taken, queue=queue, pool=number, read=read)
+            labeled.append(_label_source(ShardSource(shards, read), stages, pool, limit, join))
         # Prefetching would delay each result until the next one has arrived.
         blocks: Any = iter(
             reduce(Dataset.union, labeled).iter_batches(
@@ -297,8 +280,14 @@ def _join_executions() -> None:
             thread.join(_JOIN_TIMEOUT_S)
 
 
-def _label_source(source: ShardSource, stages: Stages, resources: Resources, limit: AttemptLimit) -> Dataset:
-    """Returns the labeled chunks of a source, by one pool of classifiers."""
+def _label_source(
+    source: ShardSource,
+    stages: Stages,
+    resources: Resources,
+    limit: AttemptLimit,
+    join: Callable[[Any], object] | None,
+) -> Dataset:
+    """Returns the labeled chunks of a source, by one pool of classifiers, each of which calls `join`."""
     chunks = ray.data.read_datasource(
         source,
         num_cpus=stages.read_options.read.num_cpus,
@@ -318,11 +307,11 @@ def _label_source(source: ShardSource, stages: Stages, resources: Resources, lim
     labeled: Dataset = chunks.map_batches(
         _ClassifierActor,
         # Put once, so that the weights cross the network once per node and not once per actor.
-        fn_constructor_args=(ray.put(stages), resources, limit),
+        fn_constructor_args=(ray.put(stages), resources, limit, join),
         batch_size=1,  # a chunk; with GPUs, Ray refuses None
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            min_size=stages.classify.min_actors,
+            min_size=resources.min_actors,
             max_size=resources.max_actors,
             initial_size=resources.initial_actors,
             max_tasks_in_flight_per_actor=2 * stages.classify.concurrent_chunks,
@@ -331,7 +320,7 @@ def _label_source(source: ShardSource, stages: Stages, resources: Resources, lim
         ),
         num_cpus=resources.classify_cpus,
         num_gpus=resources.classify_gpus or None,
-        label_selector=stages.classify.label_selector or None,
+        label_selector=dict(resources.label_selector) or None,
     )
     return labeled
 

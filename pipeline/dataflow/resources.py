@@ -1,8 +1,9 @@
 """Chooses the CPUs, GPUs and memory of each stage."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cvt.runtimes import OPENVINO_MISSING, fastest_runtime, openvino_is_installed
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
@@ -32,6 +33,7 @@ class Resources:
         decoders: number of decode tasks that fit next to all other tasks; 0 if classifiers decode.
         initial_actors: number of classifiers that start at once.
         threads: number of CPU threads of a classifier; None for PyTorch's default.
+        label_selector: labels of the nodes of the classifiers.
         helpers: the resources of the other pools of classifiers.
     """
 
@@ -46,9 +48,11 @@ class Resources:
     decoders: int
     classify_cpus: float
     classify_gpus: float
+    min_actors: int
     initial_actors: int
     max_actors: int
     threads: int | None
+    label_selector: Mapping[str, str] = field(default_factory=dict)
     helpers: "tuple[Resources, ...]" = ()
 
 
@@ -66,6 +70,19 @@ class ClusterCapacity:
     gpus: float
     node_cpus: float
     node_memory: float = math.inf
+
+    @classmethod
+    def of(cls, nodes: Iterable[Mapping[str, Any]], *selectors: Mapping[str, str]) -> "ClusterCapacity":
+        """Returns the capacity of the nodes, as in `ray.nodes`, that satisfy all selectors."""
+        found = (node for node in nodes if all(matches(node["Labels"], each) for each in selectors))
+        resources = [node["Resources"] for node in found]
+        cpus = [each.get("CPU", 0.0) for each in resources]
+        return cls(
+            cpus=sum(cpus),
+            gpus=sum(each.get("GPU", 0.0) for each in resources),
+            node_cpus=max(cpus, default=0.0),
+            node_memory=min((each.get("memory", math.inf) for each in resources), default=math.inf),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,25 +113,34 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     return True
 
 
-def choose_pools(
-    request: ResourceRequest, capacity: Callable[[Mapping[str, str]], ClusterCapacity]
-) -> Resources:
-    """Chooses the resources of all pools of classifiers, from the capacity of the nodes with given labels.
+def choose_pools(request: ResourceRequest, nodes: Sequence[Mapping[str, Any]]) -> Resources:
+    """Chooses the resources of all pools of classifiers, on nodes as in `ray.nodes`.
 
-    Raises `ConfigError`: see `choose_resources`.
+    Raises `ConfigError`: the pools before use all GPUs of a pool's nodes, or see `choose_resources`.
     """
-    pools, cpus = list[Resources](), capacity({}).cpus
-    for classify in request.classify.each_pool:
-        cluster, read = capacity(classify.label_selector), request.read
-        is_helper = bool(pools) and classify.device == "cpu"
-        if is_helper:
+    pools, cpus = list[Resources](), ClusterCapacity.of(nodes).cpus
+    for number, classify in enumerate(request.classify.each_pool):
+        selector, read, on_cpus = classify.label_selector, request.read, classify.device == "cpu"
+        cluster = ClusterCapacity.of(nodes, selector)
+        # Ray may place the classifiers of a pool on any of its nodes.
+        shared = (ClusterCapacity.of(nodes, selector, pool.label_selector).gpus for pool in pools)
+        taken = sum(map(min, shared, (pool.max_actors * pool.classify_gpus for pool in pools)))
+        if classify.device == "cuda" and classify.max_actors is None and taken >= cluster.gpus > 0:
+            raise ConfigError(
+                f"classify.pools.{number}: the pools before use all {cluster.gpus:g} GPUs of its nodes; "
+                "select other nodes with gpu or label_selector, or set a lower max_actors in the pools before"
+            )
+        if number and on_cpus:
             read = read.model_copy(update={"concurrency": 1})  # one reader is faster than many CPUs
         # Readers and decoders for a GPU run on all nodes.
-        cluster = replace(cluster, cpus=cpus if cluster.gpus else min(cpus, cluster.cpus))
+        available = min(cpus, cluster.cpus) if on_cpus or not cluster.gpus else cpus
+        cluster = replace(cluster, cpus=available, gpus=max(0.0, cluster.gpus - taken))
         pool = choose_resources(replace(request, classify=classify, read=read), cluster)
-        if is_helper and classify.max_actors is None:  # half of the CPUs: the decoders of a GPU need many
+        if number and on_cpus and classify.max_actors is None:  # half: the decoders of a GPU need many CPUs
             actors = max(classify.min_actors, pool.max_actors // 2)
             pool = replace(pool, initial_actors=actors, max_actors=actors)
+        if number:  # a pool keeps its classifiers while it waits for shards
+            pool = replace(pool, min_actors=pool.initial_actors)
         cpus -= pool.initial_actors * pool.classify_cpus + pool.readers * read.num_cpus + pool.decode_cpus
         pools.append(pool)
     return replace(pools[0], helpers=tuple(pools[1:]))
@@ -174,9 +200,11 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         decoders=max(1, math.floor(decoder_cpus / decode_cpus)) if has_decode_tasks else 0,
         classify_cpus=actor_cpus,
         classify_gpus=actor_gpus,
+        min_actors=classify.min_actors,
         initial_actors=initial_actors,
         max_actors=max_actors,
         threads=threads,
+        label_selector=classify.label_selector,
     )
 
 

@@ -14,7 +14,7 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.util.queue import Queue
 
-from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource, decode_block
+from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource, decode_block, read_shards_in_turn
 from pipeline.dataflow.stages import read_step
 from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, ReadOptions, Shard
@@ -78,7 +78,9 @@ class TrainingImages:
         read = partial(read_step, self.storage, self.read_options, _CHUNK_IMAGES)
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))
-        source = ShardSource(shards, ray.put(read), self.limit, per_task)
+        source = ShardSource(
+            shards, partial(read_shards_in_turn, step=ray.put(read), limit=self.limit), per_task
+        )
         # Reading is fast compared to decoding, and each concurrent task is a process.
         readers = min(source.tasks, max(2, int(ray.cluster_resources().get("CPU", 1)) // 4))
         with DataContext.current(context):

@@ -59,6 +59,8 @@ class RecordedClassifier:
 
     def __call__(self, chunk: Chunk) -> Chunk:
         self._write("start")
+        if self._device == "cuda":  # waits for the slow pool, which gets no shard before it has started
+            wait_until(lambda: len(list(self._file.parent.iterdir())) >= 3)
         time.sleep(SECONDS[self._device])
         result = self._classifier(chunk)
         self._write("end")
@@ -123,7 +125,6 @@ def main(folder: Path, result: Path) -> None:
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(label, config, on_progress=arrived)
             wait_until(reached(0.15))
-            wait_until(lambda: len(list(events.iterdir())) >= 3)  # both pools are at work
             command = [RAY, "drain-node", f"--address={cluster.address}", f"--node-id={drained.node_id}"]
             command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"]
             command += [f"--deadline-remaining-seconds={DEADLINE}"]
@@ -137,7 +138,11 @@ def main(folder: Path, result: Path) -> None:
             killed_at = time.monotonic()
             done = running.result()
         files = [pq.read_table(path) for path in (folder.parent / "out").rglob("predictions/**/*.parquet")]
-        seen = Counter(f"{row['shard']}/{row['key']}" for file in files for row in file.to_pylist())
+        rows = [row for file in files for row in file.to_pylist()]
+        seen = Counter(f"{row['shard']}/{row['key']}" for row in rows)
+        scores: dict[tuple[str, str], list[float]] = {}  # by image, of which each shard has a copy, and label
+        for row in rows:
+            scores.setdefault((row["key"].partition("-")[2], row["label"]), []).append(row["score"])
         names = {drained.node_id: "drained", killed.node_id: "killed", joined.node_id: "joined"}
         chunks: dict[str, Counter[str]] = {}
         last_start = 0.0
@@ -155,6 +160,8 @@ def main(folder: Path, result: Path) -> None:
                 {
                     "samples": len(seen),
                     "duplicates": sum(count - 1 for count in seen.values()),
+                    "labels": len(scores),
+                    "score_difference": max(max(each) - min(each) for each in scores.values()),
                     "errors": done.totals.errors,
                     "complete": done.is_complete,
                     "chunks": {name: dict(counts) for name, counts in chunks.items()},

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -30,6 +30,8 @@ from pipeline.dataflow.ray_executor import (
     ShardSource,
     _set_context,
     classify_or_die,
+    read_shards,
+    read_shards_in_turn,
 )
 from pipeline.dataflow.resources import choose_pools, matches
 from pipeline.decode import DecodeOptions
@@ -137,14 +139,9 @@ def test_all_gpus_of_a_fixed_cluster_are_used_from_the_start(
 
 def choose_on_nodes(config: Config, nodes: list[tuple[dict[str, str], int, int]]) -> Resources:
     """Chooses resources on nodes that are given by their labels, CPUs and GPUs."""
-
-    def capacity(selector: Mapping[str, str]) -> ClusterCapacity:
-        found = [each for each in nodes if matches(each[0], selector)]
-        cpus = [cpus for _, cpus, _ in found]
-        return ClusterCapacity(sum(cpus), sum(gpus for _, _, gpus in found), max(cpus, default=0))
-
     request = ResourceRequest(config.read, config.decode, config.classify, 224, CVT_13)
-    return choose_pools(request, capacity)
+    found = [{"Labels": labels, "Resources": {"CPU": cpus, "GPU": gpus}} for labels, cpus, gpus in nodes]
+    return choose_pools(request, found)
 
 
 L4, CPUS = {"ray.io/accelerator-type": "L4"}, {"ray.io/accelerator-type": ""}
@@ -172,6 +169,42 @@ def test_pools_share_a_cluster_of_gpus_and_cpus() -> None:
 def test_pool_without_its_kind_of_nodes_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"1 classifiers do not fit .* 0 GPUs"):
         choose_on_nodes(config("classify.pools=[{gpu: H100}]"), [(L4, 8, 1)])
+
+
+A100 = {"ray.io/accelerator-type": "A100"}
+
+
+@pytest.mark.parametrize(
+    ("pools", "gpus"),
+    [
+        ("[{}, {gpu: L4}]", None),
+        ("[{gpu: L4, max_actors: 3}, {}]", [2, 2]),
+        ("[{max_actors: 1}, {gpu: L4}]", [1, 1]),  # Ray may place the first one on a node with L4
+        ("[{gpu: L4, max_actors: 8}, {gpu: L4}]", None),  # the first pool may grow
+        ("[{gpu: L4, max_actors: 8}, {gpu: L4, max_actors: 8}]", [2, 1]),  # the second one waits for nodes
+        ("[{num_gpus: 0.5, max_actors: 4}, {num_gpus: 0.5}]", [4, 4]),
+        ("[{gpu: A100}, {gpu: L4}, {}]", None),
+    ],
+)
+def test_pools_on_the_same_nodes_do_not_count_a_gpu_twice(pools: str, gpus: list[int] | None) -> None:
+    nodes = [(L4, 8, 1), (L4, 8, 1), (A100, 32, 2)]
+    given = config(f"classify.pools={pools}", "classify.device=cuda")
+    if gpus is None:
+        with pytest.raises(
+            ConfigError, match=r"classify\.pools\.[12]: .* use all . GPUs .*; select other nodes"
+        ):
+            choose_on_nodes(given, nodes)
+    else:
+        first = choose_on_nodes(given, nodes)
+        assert [pool.initial_actors for pool in (first, *first.helpers)] == gpus
+
+
+def test_pool_on_cpus_fits_on_its_own_nodes() -> None:
+    nodes = [({"zone": "a"}, 8, 1), ({"zone": "b"}, 64, 0)]
+    given = config("classify.pools=[{device: cuda}, {device: cpu, num_cpus: 1, label_selector: {zone: a}}]")
+    [on_cpus] = choose_on_nodes(given, nodes).helpers
+    assert on_cpus.initial_actors <= 8
+    assert on_cpus.label_selector == {"zone": "a"}
 
 
 @pytest.mark.parametrize(
@@ -254,9 +287,8 @@ def plan(count: int) -> list[Shard]:
 
 @pytest.mark.parametrize("count", [1, 7, MAX_READ_TASKS, MAX_READ_TASKS + 1, 3 * MAX_READ_TASKS])
 def test_each_shard_is_read_by_one_task_and_tasks_are_limited(count: int) -> None:
-    step: Any = "reference"
-    limit: Any = "limit"
-    source = ShardSource(plan(count), step, limit)
+    read: Any = read_shards
+    source = ShardSource(plan(count), read)
     tasks = source.get_read_tasks(parallelism=4)
     assert len(tasks) == source.tasks <= MAX_READ_TASKS
     read = [number for task in tasks for number, _ in task.read_fn.args[0]]
@@ -293,7 +325,9 @@ def test_failed_retry_of_a_read_loses_no_chunk_and_no_error(
 ) -> None:
     monkeypatch.setattr(ray, "get", lambda value: value)
     limit, unavailable = LocalLimit(), set[int]()
-    source = ShardSource(plan(3), partial(read_numbered, failing=unavailable), limit, shards_per_task)  # type: ignore[arg-type]
+    step = partial(read_numbered, failing=unavailable)
+    read_plan: Any = read_shards if shards_per_task == 1 else read_shards_in_turn
+    source = ShardSource(plan(3), partial(read_plan, step=step, limit=limit), shards_per_task)
     read = partial(source._read, list(enumerate(plan(3))))
     arrived: list[pa.Table] = []
     for death, unavailable_now in enumerate((set[int](), failing, set[int]())):

@@ -22,6 +22,11 @@ def test_each_image_is_labeled_once_by_pools_on_changing_nodes(found: dict[str, 
     assert found["complete"]
 
 
+def test_copies_of_an_image_get_the_same_label_in_all_pools(found: dict[str, Any]) -> None:
+    assert found["labels"] == IMAGES
+    assert found["score_difference"] < 1e-5
+
+
 def test_draining_node_gets_no_new_chunk_and_finishes_its_chunks(found: dict[str, Any]) -> None:
     chunks = found["chunks"]["drained cuda"]
     assert chunks["start"] == chunks["end"] > 0

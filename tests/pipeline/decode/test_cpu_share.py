@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from pipeline.decode.cpu_share import balanced_share, is_for_cpu
+from jobs.benchmarks.gpu_rates import balanced_share
+from pipeline.decode.gpu import is_for_cpu
 
 FILES = [random.Random(number).randbytes(2000) for number in range(20_000)]
 

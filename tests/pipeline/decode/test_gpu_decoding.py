@@ -22,8 +22,7 @@ from torch import Tensor
 
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode_chunk
-from pipeline.decode.cpu_share import is_for_cpu
-from pipeline.decode.gpu import GpuDecoder
+from pipeline.decode.gpu import GpuDecoder, is_for_cpu
 from pipeline.decode.plain_jpeg import parse_plain_jpeg
 from pipeline.read import Chunk
 from pipeline.statistics import DECODE, StageMetrics
