@@ -21,7 +21,9 @@ CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OS
 
 MAX_PAUSE_S = 10.0
 _LIMIT_ATTEMPTS = 4  # each attempt may take minutes
-_SWAP_ATTEMPTS = 20  # they take about two minutes
+#: Time limit of compare-and-swap: of many drivers that end together, one after another updates the manifest.
+_MAX_SWAP_S = 3600.0
+_MAX_REFUSALS = 20  # of one reported version; they take about two minutes
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
 
@@ -41,7 +43,7 @@ def pause_after(attempt: int) -> float:
     Ten attempts wait about half a minute in total.
     """
     # Jitter keeps clients that failed at the same time from retrying at the same time.
-    return min(MAX_PAUSE_S, 0.25 * 2.0**attempt) * random.uniform(0.5, 1)
+    return min(MAX_PAUSE_S, 0.25 * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1)
 
 
 def retry(action: Callable[[], T], explain: Callable[[Exception], Failure]) -> T:
@@ -74,25 +76,29 @@ def pause_before_retry(error: Exception, failure: Failure, attempt: int) -> floa
 def until_unchanged(
     uri: str, action: Callable[[str], T], current: Callable[[str], str], version: str | None = None
 ) -> T:
-    """Calls `action` with `version`, then with the `current` version, until no writer replaces the object."""
-    reported = set[str]()
-    for attempt in range(_SWAP_ATTEMPTS):
-        if attempt > 1:  # the first version may be an old one
-            time.sleep(pause_after(attempt - 1))
+    """Calls `action` with `version`, then with the `current` version, until no writer replaces the object.
+
+    Raises `ObjectChanged` after an hour, or `StorageError` if the store refuses the version that it reports.
+    """
+    refusals, end, attempt = Counter[str](), time.monotonic() + _MAX_SWAP_S, 0
+    while True:
+        if attempt or version is None:
+            version = current(uri)
         try:
-            if attempt or version is None:
-                version = current(uri)
-            if attempt:
-                reported.add(version)
             return action(version)
         except (ObjectChanged, ObjectNotFound) as error:
             if error.uri != uri:
                 raise
-            cause = error.cause
-    if len(reported) > 1:
-        raise ObjectChanged(uri, f"failed in {_SWAP_ATTEMPTS} attempts, last: {cause}")
-    behavior = f"the store refused {_SWAP_ATTEMPTS} requests for the version that the store reports"
-    raise StorageError(uri, f"{behavior}; the last one: {cause}")
+            if time.monotonic() > end:
+                cause = f"other writers were faster for {_MAX_SWAP_S:g} s, last: {error.cause}"
+                raise ObjectChanged(uri, cause) from None
+            refusals[version] += 1
+            if refusals[version] >= _MAX_REFUSALS:
+                cause = f"the store refused {_MAX_REFUSALS} requests for the version that the store reports"
+                raise StorageError(uri, f"{cause}; the last one: {error.cause}") from None
+        if attempt:  # the first version may be an old one
+            time.sleep(pause_after(attempt))
+        attempt += 1
 
 
 def retry_counts() -> Counter[str]:
