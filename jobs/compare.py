@@ -77,7 +77,8 @@ def compare(
     if output is not None:
         storage.write(normalize_uri(output), encode_parquet(found.table()))
     print_comparison(found, top)
-    broken = limit_violations(found.totals, max_psi, max_js, max_score_psi, min_agreement, min_images)
+    limits = {"max_psi": max_psi, "max_js": max_js, "max_score_psi": max_score_psi}
+    broken = limit_violations(found.totals, limits | {"min_agreement": min_agreement}, min_images)
     for message in broken:
         print_notice(f"cvt-label: {message}")
     sys.exit(ExitStatus.DRIFTED if broken else ExitStatus.OK)

@@ -16,7 +16,6 @@ from pipeline.commit import Progress
 from pipeline.config import IN_PROCESS, LABEL_NEW, Config, Selection
 from pipeline.decode import hide_pillow_warnings
 from pipeline.run import Plan
-from pipeline.statistics import describe_bottleneck
 from pipeline.text import pluralize
 
 logger = logging.getLogger("cvt_label")
@@ -95,13 +94,14 @@ def print_result(result: RunResult) -> None:
         fields["images"] = f"{totals.images:,} in {pluralize(labeled, 'shard')}{copied}"
         fields["errors"] = f"{totals.errors:,}" + (" (listed in the report)" if totals.errors else "")
         fields["images/s"] = "unknown: the run was too short"
-        if result.images_per_s is not None:
-            fields["images/s"] = f"{result.images_per_s:,.1f} from the first result to the last"
+        if (images_per_s := result.throughput.get("images_per_s")) is not None:
+            fields["images/s"] = f"{images_per_s:,.1f} from the first result to the last"
         fields["total time"] = f"{result.timings['ended']:,.1f} s"
     fields["output"] = result.partition.uri
     fields["report"] = f"{result.partition.uri}/report.html"
-    if result.stages:
-        fields["decoded by"], fields["bound by"] = result.decoder, describe_bottleneck(result.stages)
+    if result.throughput:
+        fields["decoded by"] = result.throughput["decoder"]
+        fields["bound by"] = result.throughput["bound_by"]
     if stats is not None and stats.has_targets:
         fields["accuracy"] = f"{console.format_accuracy(stats, topk)}, of all labels"
     console.print_fields(fields)

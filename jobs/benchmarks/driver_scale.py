@@ -210,7 +210,7 @@ def _run_driver(
                 marks.append((now, time.process_time(), chunks_done))
             if len(marks) == 1 and now > marks[0][0] + settings["seconds"]:
                 marks.append((now, time.process_time(), chunks_done))
-                committer.reject_new_shards()
+                committer.accepts_new_shards = False
             if len(marks) == 2 and not committer.open_shards:
                 break
         committer.wait_for_writes()

@@ -10,11 +10,4 @@ from pipeline.commit.manifest_writer import ManifestWriter
 from pipeline.commit.partition import CLASS_STATS, Partition, open_partition
 from pipeline.commit.prediction_files import PredictionWriter
 from pipeline.commit.record import RunRecord, new_run_id
-from pipeline.commit.recovery import (
-    Repairs,
-    find_repairs,
-    prediction_files,
-    rebuilt_rows,
-    reconcile,
-    recovered_rows,
-)
+from pipeline.commit.recovery import Repairs, find_repairs, rebuilt_rows, reconcile, recovered_rows

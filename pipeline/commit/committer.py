@@ -11,12 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from pipeline.commit.manifest import ManifestRow
-from pipeline.commit.prediction_files import (
-    CommittedShard,
-    IncompleteShardError,
-    OpenShard,
-    PredictionWriter,
-)
+from pipeline.commit.prediction_files import CommittedShard, IncompleteShardError, OpenShard, PredictionWriter
 from pipeline.read import Chunk, Shard
 from pipeline.statistics import COMMIT, ErrorCauses, StageMetrics
 
@@ -67,7 +62,10 @@ class Totals:
 
 
 class Committer:
-    """Assembles shards and writes their prediction files; use it as a context manager."""
+    """Assembles shards and writes their prediction files; use it as a context manager.
+
+    Without `accepts_new_shards`, results of shards that are not open yet are ignored.
+    """
 
     def __init__(
         self, writer: PredictionWriter, plan: Sequence[Shard], on_commit: Callable[[ManifestRow], None]
@@ -76,9 +74,8 @@ class Committer:
 
         `on_commit` is called in this thread with the manifest row of each shard that is done.
         """
-        self.totals = Totals()
+        self.totals, self.accepts_new_shards = Totals(), True
         self._writer, self._plan, self._on_commit = writer, plan, on_commit
-        self._accepts_new_shards = True
         self._open: dict[int, OpenShard] = {}
         self._unfinished = dict.fromkeys(range(len(plan)))  # in the order of the plan
         self._images = self._errors = 0
@@ -97,7 +94,7 @@ class Committer:
 
     def add(self, chunk: Chunk) -> None:
         """Adds a chunk, and commits the shard if it is complete; raises `StorageError` if a write failed."""
-        if chunk.shard not in self._unfinished or not (self._accepts_new_shards or chunk.shard in self._open):
+        if chunk.shard not in self._unfinished or not (self.accepts_new_shards or chunk.shard in self._open):
             return
         arrived = self._open.setdefault(chunk.shard, OpenShard())
         if not arrived.add(chunk):
@@ -116,10 +113,6 @@ class Committer:
             self._writes.append(self._writers.submit(self._writer.commit, shard, arrived))
         while self._writes and (len(self._writes) > 2 * MAX_CONCURRENT_WRITES or self._writes[0].done()):
             self._finish_write(self._writes.popleft())
-
-    def reject_new_shards(self) -> None:
-        """Ignores results of shards that are not open yet."""
-        self._accepts_new_shards = False
 
     @property
     def open_shards(self) -> int:

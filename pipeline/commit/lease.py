@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,13 +21,13 @@ from pydantic import BaseModel
 
 from pipeline.commit.record import new_run_id
 from pipeline.config import WHOLE, Share
-from pipeline.storage import Storage, StorageError, Versioned, content_errors
+from pipeline.storage import Storage, StorageError, Versioned, content_errors, map_in_threads
 
 _logger = logging.getLogger("cvt_label")
 
 _NAME = re.compile(r"/lease(?:-(\d+)-of-(\d+))?\.json$")
 _MAX_BYTES = 64 * 1024
-_READERS = 32
+_POLL_S = 5.0
 LeaseState = Literal["held", "released", "unfinished"]
 
 
@@ -56,9 +55,8 @@ class LeaseContent(BaseModel, frozen=True):
 
 def was_clean_shutdown(storage: Storage, partition: str, share: Share = WHOLE) -> bool:
     """Returns whether the last runs of these shards left manifest and statistics up to date; or no run."""
-    return all(
-        found.content.state == "released" for found in _overlapping(storage, partition, share).values()
-    )
+    leases = _overlapping(storage, partition, share).values()
+    return all(lease.content.state == "released" for lease in leases)
 
 
 def _overlapping(storage: Storage, partition: str, share: Share) -> dict[str, Versioned[LeaseContent]]:
@@ -69,9 +67,8 @@ def _overlapping(storage: Storage, partition: str, share: Share) -> dict[str, Ve
     uris = [
         uri for uri, name in names if name and share.overlaps(Share(*map(int, filter(None, name.groups()))))
     ]
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="lease") as pool:
-        found = zip(uris, pool.map(partial(_latest, storage), uris), strict=True)
-        return {uri: lease for uri, lease in found if lease is not None}
+    found = zip(uris, map_in_threads(partial(_latest, storage), uris), strict=True)
+    return {uri: lease for uri, lease in found if lease is not None}
 
 
 def _latest(storage: Storage, uri: str) -> Versioned[LeaseContent] | None:
@@ -93,13 +90,7 @@ class Lease:
     """
 
     def __init__(
-        self,
-        storage: Storage,
-        partition: str,
-        run: str,
-        seconds: float,
-        poll_s: float = 5.0,
-        share: Share = WHOLE,
+        self, storage: Storage, partition: str, run: str, seconds: float, share: Share = WHOLE
     ) -> None:
         """Creates the lease, which expires after `seconds` without renewal; `held` acquires it.
 
@@ -112,7 +103,7 @@ class Lease:
         self._taken_over: dict[str, str] = {}  # versions of leases of other divisions
         self.found_clean_shutdown = self.clean_shutdown = False
         self._holder = f"{socket.gethostname()}, process {os.getpid()}"
-        self._seconds, self._poll_s = seconds, min(poll_s, seconds / 3)
+        self._seconds = seconds
         self._version: str | None = None
         self._lost = False
         self._stop = threading.Event()
@@ -151,7 +142,7 @@ class Lease:
             if not waited:
                 on_wait(message)
             waited = True
-            time.sleep(self._poll_s)
+            time.sleep(min(_POLL_S, self._seconds / 3))
             self.run = new_run_id()
         self._renewal.start()
         return self.found_clean_shutdown
@@ -171,9 +162,7 @@ class Lease:
         written = self._storage.update(self.uri, lambda _: self._content("held") if is_free() else None)
         if written is not None:
             self._version = written.version
-            unclean = {
-                uri: lease.version for uri, lease in found.items() if lease.content.state != "released"
-            }
+            unclean = {uri: each.version for uri, each in found.items() if each.content.state != "released"}
             self.found_clean_shutdown = not unclean
             self._taken_over = {uri: version for uri, version in unclean.items() if uri != self.uri}
             self._mark_taken_over("unfinished")

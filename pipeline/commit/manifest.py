@@ -9,12 +9,11 @@ import bisect
 import io
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
@@ -24,10 +23,9 @@ import pyarrow.parquet as pq
 from pipeline.config import InputUris
 from pipeline.predictions import Footer, deserialize_table, read_footer
 from pipeline.statistics import ClassStatistics
-from pipeline.storage import ABSENT, Storage, StorageError, content_errors, read_row_groups
+from pipeline.storage import ABSENT, Storage, StorageError, content_errors, map_in_threads, read_row_groups
 
 T = TypeVar("T")
-_READERS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +191,13 @@ class Manifest:
 
     def replace(self, make_rows: Callable[[], Iterable[ManifestRow]]) -> None:
         """Rewrites all rows, sorted by URI; calls `make_rows` again after a concurrent write."""
-        self._rewrite(lambda _: map(_to_table, batched(make_rows(), self.group_rows)))
+
+        def tables(_: Iterable[pa.Table]) -> Iterator[pa.Table]:
+            rows = iter(make_rows())
+            while group := list(islice(rows, self.group_rows)):
+                yield _to_table(group)
+
+        self._rewrite(tables)
 
     def runs(self, dataset: InputUris | None = None) -> list[str]:
         """Returns the runs that wrote current labels, sorted; with `dataset`, only labels of its shards."""
@@ -213,28 +217,30 @@ class Manifest:
 
         The groups count only shards of `dataset`. With `run`, only shards of this run count at all.
         """
-        columns = ["output", "statistics", "uri", "run"]
 
         def fold(tables: Iterable[pa.Table]) -> list[ClassStatistics]:
             totals = [ClassStatistics.empty(self.num_classes) for _ in range(1 + len(groups))]
-            labeled = (_only_labeled(table, run).select(columns) for table in tables)
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-                for batch in (b for table in labeled for b in table.to_batches(self.group_rows)):
-                    outputs, serialized, uris, runs = (column.to_pylist() for column in batch.columns)
-                    files = [f"{self.partition}/{output}" for output in outputs]
-                    partials = pool.map(partial(_read_partial, self.storage), files, serialized)
-                    rows = [
-                        (part, run_id if dataset is None or dataset.contains(uri) else None)
-                        for uri, run_id, part in zip(uris, runs, partials, strict=True)
-                    ]
-                    parts = [[part for part, _ in rows]]
-                    parts += [[part for part, run_id in rows if run_id in group] for group in groups]
-                    for total, selected in zip(totals, parts, strict=True):
-                        if selected:
-                            total.add_partial(pa.concat_tables(selected))
+            for table in tables:
+                rows = _only_labeled(table, run).to_pylist()
+                parts = list(map_in_threads(self._read_partial, rows))
+                runs = [
+                    row["run"] if dataset is None or dataset.contains(row["uri"]) else None for row in rows
+                ]
+                selections = [[True] * len(rows), *([each in group for each in runs] for group in groups)]
+                for total, selection in zip(totals, selections, strict=True):
+                    if selected := list(compress(parts, selection)):
+                        total.add_partial(pa.concat_tables(selected))
             return totals
 
-        return self._read(columns, fold)
+        return self._read(["output", "statistics", "uri", "run"], fold)
+
+    def _read_partial(self, row: Mapping[str, Any]) -> pa.Table:
+        """Returns the partial statistics of a shard, from its manifest row or from its prediction file."""
+        if row["statistics"] is not None:
+            return deserialize_table(row["statistics"])
+        uri = f"{self.partition}/{row['output']}"
+        with self.storage.open(uri) as file:
+            return deserialize_table(read_footer(uri, file).statistics)
 
     def _rewrite(self, change: Callable[[Iterable[pa.Table]], Iterable[pa.Table]]) -> None:
         """Replaces the manifest; `change` returns all rows, given the current rows in row groups."""
@@ -271,14 +277,6 @@ def _regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
         yield pending.combine_chunks()
 
 
-def _read_partial(storage: Storage, file_uri: str, serialized: bytes | None) -> pa.Table:
-    """Returns the partial statistics of a shard, from its manifest row or from its prediction file."""
-    if serialized is None:
-        with storage.open(file_uri) as file:
-            serialized = read_footer(file_uri, file).statistics
-    return deserialize_table(serialized)
-
-
 def _row_groups(uri: str, file: io.BufferedReader, columns: Collection[str]) -> Iterator[pa.Table]:
     """Yields columns of a manifest, one row group at a time; raises `StorageError` if it isn't one."""
     with content_errors(uri, "a manifest"):
@@ -297,10 +295,3 @@ def _to_table(rows: Iterable[ManifestRow]) -> pa.Table:
     rows = list(rows)
     columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in _SCHEMA]
     return pa.table(columns, schema=_SCHEMA)
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of at most `size` items; `itertools.batched` needs Python 3.12."""
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch

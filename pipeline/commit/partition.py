@@ -12,9 +12,8 @@ import pyarrow as pa
 
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import MAX_RECORD_BYTES
-from pipeline.commit.recovery import prediction_files
 from pipeline.statistics import CLASS_STATS_SCHEMA
-from pipeline.storage import Storage, StorageError, content_errors, normalize_uri, read_table
+from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors, normalize_uri, read_table
 
 CLASS_STATS = "class_stats.parquet"
 _MAX_CLASS_STATS_BYTES = 1024**3
@@ -40,12 +39,17 @@ class Partition:
         names: list[str] = partition.class_table["label"].to_pylist()
         return cls(storage, partition.uri, names)
 
+    def prediction_files(self) -> Iterator[ObjectInfo]:
+        """Lists the prediction files."""
+        files = self.storage.list(f"{self.uri}/predictions")
+        return (info for info in files if info.uri.endswith(".parquet"))
+
     def read_labels(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yields the prediction rows, all columns or some, one table per shard, in the order of the files.
 
         Raises `StorageError` if a file can't be read, or lacks a column.
         """
-        for info in prediction_files(self.storage, self.uri):
+        for info in self.prediction_files():
             with self.storage.open(info.uri, info.version) as file:
                 rows = read_table(file, columns)
             if unknown := {*(columns or ())} - {*rows.column_names}:

@@ -87,12 +87,8 @@ class OpenShard:
         return samples
 
 
-def prediction_rows(
-    samples: pa.Table, shard: Shard, options: PredictionOptions
-) -> tuple[pa.Table, ErrorCauses]:
-    """Returns the rows of a prediction file, and the unmatched targets, for the samples of a shard."""
-    unmatched = ErrorCauses()
-    unmatched.add_unmatched(shard.uri, samples)
+def prediction_rows(samples: pa.Table, shard: Shard, options: PredictionOptions) -> pa.Table:
+    """Returns the rows of a prediction file for the samples of a shard."""
     samples = samples.rename_columns({"target": "target_id"}).combine_chunks()
     count, columns = samples.num_rows, {name: samples[name] for name in samples.column_names}
     # Constant columns come last: they are as large as the keys, and are not copied again.
@@ -116,7 +112,7 @@ def prediction_rows(
             if shard.format == "webdataset" and kind is None:
                 values = _parse_json(values.to_pylist())
         rows = rows.append_column(carried_column(name), values)
-    return rows, unmatched
+    return rows
 
 
 def _parse_json(texts: list[str | None]) -> pa.Array:
@@ -175,15 +171,16 @@ class PredictionWriter:
                 row = replace(row, error=error, failed_version=failed_version, readable_rows=readable)
             else:
                 samples = self.add_copied(shard, arrived.take_samples(shard.uri))
-                predictions, found = prediction_rows(samples, shard, self.options)
+                predictions = prediction_rows(samples, shard, self.options)
+                unmatched.add_unmatched(shard.uri, samples)
                 for column in ("target_id", *map(carried_column, self.options.carry)):
                     if predictions[column].null_count < len(predictions):
                         self.filled.add(column)
-                if written := self._write(shard, predictions, found.count, last):
+                if written := self._write(shard, predictions, unmatched.count, last):
                     row, size = written
                     causes.add(shard.uri, predictions)
-                    unmatched = found
                 else:
+                    unmatched = ErrorCauses()
                     error = f"{shard.uri}: changed after it was listed"
                     row = replace(row, error=error, failed_version=shard.version)
         row = replace(row, run=self.run, committed_at=datetime.now(UTC))

@@ -46,14 +46,10 @@ class RunRecord:
         with self._lock:
             self._values |= values
 
-    def record_time(self, event: str, at: float | None = None) -> None:
-        """Records the seconds from the start to an event; only its first occurrence counts.
-
-        `at` is the time of the event, a value of `time.monotonic()`; by default now.
-        """
-        seconds = (time.monotonic() if at is None else at) - self._start
+    def record_time(self, event: str) -> None:
+        """Records the seconds from the start to an event; only its first occurrence counts."""
         with self._lock:
-            self.timings.setdefault(event, round(seconds, 3))
+            self.timings.setdefault(event, round(time.monotonic() - self._start, 3))
 
     def add_shards(self, name: str, uris: Iterable[str]) -> None:
         """Adds shards to the list `name`."""

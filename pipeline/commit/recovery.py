@@ -5,23 +5,21 @@ Prediction files determine which shards are labeled. Run records hold unreadable
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipeline.commit.manifest import ManifestRow, batched
+from pipeline.commit.manifest import ManifestRow
+from pipeline.commit.partition import Partition
 from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.predictions import Footer, read_footer
-from pipeline.storage import ObjectChanged, ObjectInfo, ObjectNotFound, Storage, StorageError, content_errors
-
-_READERS = 32
-_BATCH_FILES = 1000
-
-
-def prediction_files(storage: Storage, partition: str) -> Iterator[ObjectInfo]:
-    """Lists the prediction files of a partition."""
-    files = storage.list(f"{partition}/predictions")
-    return (info for info in files if info.uri.endswith(".parquet"))
+from pipeline.storage import (
+    ObjectChanged,
+    ObjectInfo,
+    ObjectNotFound,
+    StorageError,
+    content_errors,
+    map_in_threads,
+)
 
 
 def reconcile(
@@ -38,7 +36,7 @@ def reconcile(
 
 
 def recovered_rows(
-    storage: Storage, partition: str, files: Iterable[ObjectInfo], fingerprint: str | None = None
+    partition: Partition, files: Iterable[ObjectInfo], fingerprint: str | None = None
 ) -> Iterator[ManifestRow]:
     """Yields the manifest rows of prediction files, from the files' footers; raises `StorageError`.
 
@@ -47,41 +45,39 @@ def recovered_rows(
 
     def read(info: ObjectInfo) -> tuple[ObjectInfo, Footer] | None:
         try:
-            with storage.open(info.uri, info.version) as file:
+            with partition.storage.open(info.uri, info.version) as file:
                 return info, read_footer(info.uri, file)
         except (ObjectChanged, ObjectNotFound):  # another run replaced the file, and writes its row
             return None
 
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="footer") as pool:
-        for batch in batched(files, _BATCH_FILES):
-            for info, footer in filter(None, pool.map(read, batch)):
-                if (fingerprint := fingerprint or footer.fingerprint) != footer.fingerprint:
-                    cause = (
-                        f"the fingerprint {footer.fingerprint} is not the partition's ({fingerprint}): "
-                        "the file has labels of another model or of other options"
-                    )
-                    raise StorageError(info.uri, cause)
-                yield ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition}/"), info.version)
+    for info, footer in filter(None, map_in_threads(read, files)):
+        if (fingerprint := fingerprint or footer.fingerprint) != footer.fingerprint:
+            cause = (
+                f"the fingerprint {footer.fingerprint} is not the partition's ({fingerprint}): "
+                "the file has labels of another model or of other options"
+            )
+            raise StorageError(info.uri, cause)
+        yield ManifestRow.of_file(footer, info.uri.removeprefix(f"{partition.uri}/"), info.version)
 
 
-def read_history(storage: Storage, partition: str) -> tuple[dict[str, ManifestRow], set[str]]:
+def read_history(partition: Partition) -> tuple[dict[str, ManifestRow], set[str]]:
     """Replays the records of all runs; raises `StorageError` if an object is not a run record.
 
     Returns manifest rows of shards that could not be read, by URI, and shards that were deleted.
     """
     failures, deleted = dict[str, ManifestRow](), set[str]()
-    uris = sorted(info.uri for info in storage.list(f"{partition}/runs"))
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="record") as pool:
-        contents = pool.map(partial(storage.read, max_bytes=MAX_RECORD_BYTES), uris)
-        for uri, content in zip(uris, contents, strict=True):
-            with content_errors(uri, "a run record"):
-                record = json.loads(content)
-                deleted -= {*record["removed"], *record["reappeared"]}
-                deleted |= {*record["deleted"]}
-                for shard in (*record["removed"], *record["recovered"]):
-                    failures.pop(shard, None)
-                for failure in record["unreadable"]:
-                    failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
+    storage = partition.storage
+    uris = sorted(info.uri for info in storage.list(f"{partition.uri}/runs"))
+    contents = map_in_threads(partial(storage.read, max_bytes=MAX_RECORD_BYTES), uris)
+    for uri, content in zip(uris, contents, strict=True):
+        with content_errors(uri, "a run record"):
+            record = json.loads(content)
+            deleted -= {*record["removed"], *record["reappeared"]}
+            deleted |= {*record["deleted"]}
+            for shard in (*record["removed"], *record["recovered"]):
+                failures.pop(shard, None)
+            for failure in record["unreadable"]:
+                failures[failure["uri"]] = ManifestRow(**failure, run=record["run"])
     return failures, deleted
 
 
@@ -113,24 +109,20 @@ class Repairs:
 
 
 def find_repairs(
-    storage: Storage,
-    partition: str,
-    fingerprint: str,
-    manifest: Mapping[str, ManifestRow],
-    clean_shutdown: bool,
+    partition: Partition, fingerprint: str, manifest: Mapping[str, ManifestRow], clean_shutdown: bool
 ) -> Repairs:
     """Compares the manifest with prediction files and run records; raises `StorageError` if one is invalid.
 
     Prediction files are the source of truth, so they are always listed. Run records are read only if the
     manifest is missing or the last run did not shut down cleanly (`clean_shutdown` is False).
     """
-    unlisted, lost = reconcile(prediction_files(storage, partition), manifest, partition)
-    found = {row.uri: row for row in recovered_rows(storage, partition, unlisted, fingerprint)}
+    unlisted, lost = reconcile(partition.prediction_files(), manifest, partition.uri)
+    found = {row.uri: row for row in recovered_rows(partition, unlisted, fingerprint)}
     removed = {*lost} - found.keys()
     entries = {uri: row for uri, row in manifest.items() if uri not in removed} | found
     if clean_shutdown:
         return Repairs(manifest, entries, found.keys())
-    failures, deleted = read_history(storage, partition)
+    failures, deleted = read_history(partition)
     # A file that the manifest does not have is newer than all failures. Without a manifest, no file is newer.
     newer = {*found} if manifest else set[str]()
     stored = {**manifest} | {uri: failures[uri] for uri in newer & failures.keys()}
@@ -142,9 +134,8 @@ def find_repairs(
     return Repairs(stored, _with_history(labeled, failures, deleted), found.keys())
 
 
-def rebuilt_rows(storage: Storage, partition: str) -> list[ManifestRow]:
+def rebuilt_rows(partition: Partition) -> list[ManifestRow]:
     """Regenerates all manifest rows, sorted by URI. Raises the same errors as `find_repairs`."""
-    files = prediction_files(storage, partition)
-    labeled = {row.uri: row for row in recovered_rows(storage, partition, files)}
-    rows = _with_history(labeled, *read_history(storage, partition))
+    labeled = {row.uri: row for row in recovered_rows(partition, partition.prediction_files())}
+    rows = _with_history(labeled, *read_history(partition))
     return [rows[uri] for uri in sorted(rows)]

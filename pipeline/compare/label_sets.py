@@ -5,7 +5,6 @@ Samples are joined on shard and index, for the shards that both label sets have 
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -26,9 +25,8 @@ from pipeline.statistics import (
     Drift,
     LabelSetId,
 )
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import Storage, StorageError, map_in_threads
 
-_READER_THREADS = 16
 _LABELS_OF_RUN = re.compile(r"(.+)@(latest|previous|\d{8}T\d{6}\.\d{6}Z-[0-9a-f]{6})/?")
 
 
@@ -146,27 +144,24 @@ def measure_agreement(classes: ClassMapping, a: LabelSet, b: LabelSet) -> Agreem
     result.only_b = pc.sum(not_common["labeled_b"]).as_py() or 0
     result.changed_shards = not_common.drop_null().num_rows
 
-    def read(shard: Mapping[str, Any]) -> tuple[pa.Table, pa.Table] | None:
-        """Reads a shard's labels in both label sets; None if one no longer has this version of the shard."""
+    def read(shard: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[pa.Table]]:
+        """Returns a shard, and its labels in each label set that still has this version of the shard."""
         tables = []
         for partition in (a.partition, b.partition):
             uri = f"{partition.uri}/{shard['output_a']}"
             labels = read_predictions(partition.storage, uri, ["index", "label_id"])
-            if labels is None or labels[0].version != shard["version_a"]:
-                return None
-            tables.append(labels[1])
-        return tables[0], tables[1]
+            if labels is not None and labels[0].version == shard["version_a"]:
+                tables.append(labels[1])
+        return shard, tables
 
-    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="compare") as pool:
-        for batch in shards.filter(is_common).sort_by("uri").to_batches(4 * _READER_THREADS):
-            common_shards = batch.to_pylist()
-            for shard, labels in zip(common_shards, pool.map(read, common_shards), strict=True):
-                if labels is not None:
-                    result.add(*labels)
-                    continue
-                result.only_a += shard["labeled_a"]
-                result.only_b += shard["labeled_b"]
-                result.changed_shards += 1
+    batches = shards.filter(is_common).sort_by("uri").to_batches(1000)  # in memory as Python objects
+    for shard, tables in map_in_threads(read, (row for batch in batches for row in batch.to_pylist())):
+        if len(tables) == 2:
+            result.add(*tables)
+            continue
+        result.only_a += shard["labeled_a"]
+        result.only_b += shard["labeled_b"]
+        result.changed_shards += 1
     return result
 
 
@@ -193,8 +188,8 @@ class RunPair:
     def find(cls, partition: Partition, dataset: InputUris | None, run: str) -> Self:
         """Finds the run before `run`."""
         share, current = Share.of_record(partition.record(run)), list[str]()
-        for each in reversed([each for each in partition.manifest.runs(dataset) if each <= run]):
-            record = partition.record(each)
+        runs = [each for each in partition.manifest.runs(dataset) if each <= run][::-1]
+        for each, record in zip(runs, map_in_threads(partition.record, runs, threads=8), strict=True):
             if not share.overlaps(Share.of_record(record)):
                 continue
             if each != run and record.get("status", "complete") in ("complete", "incomplete"):

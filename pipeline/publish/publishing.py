@@ -5,14 +5,14 @@ Readers do not see the new data files before the next version is committed, in o
 
 import re
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.commit import Partition, prediction_files
+from pipeline.commit import Partition
 from pipeline.config import ConfigError, InputUris
 from pipeline.publish.data_files import DataFile, pack_rows, read_rows, write_data_file
 from pipeline.publish.delta_table import SHARDS_SCHEMA, DeltaTable, Snapshot, TableChangedError
@@ -21,6 +21,7 @@ from pipeline.storage import (
     ObjectNotFound,
     StorageError,
     is_under,
+    map_in_threads,
     normalize_uri,
     pause_after,
 )
@@ -31,7 +32,6 @@ FILE_BYTES = 512 * 1024**2
 #: Files smaller than this fraction of `file_bytes` are merged with added rows.
 _SMALL_FILE_FRACTION = 1 / 12
 _MAX_ATTEMPTS = 5
-_READER_THREADS = 16
 
 
 class TableBusyError(RuntimeError):
@@ -155,7 +155,7 @@ class _Publisher:
         missing = set(zip(shards["output"].to_pylist(), shards["output_version"].to_pylist(), strict=True))
         if missing:
             start = len(self.partition.uri) + 1
-            files = prediction_files(self.partition.storage, self.partition.uri)
+            files = self.partition.prediction_files()
             missing.difference_update((info.uri[start:], info.version) for info in files)
         absent = pa.array([output for output, _ in missing], pa.string())
         is_absent = pc.is_in(shards["output"], value_set=absent)
@@ -211,10 +211,9 @@ class _Publisher:
             yield rows.filter(pc.is_in(rows["shard"], value_set=kept))
         constants = {"published": version} | ({} if self.embedding else {"embedding": None})
 
-        def read(output: str, output_version: str) -> pa.Table:
-            uri = f"{self.partition.uri}/{output}"
-            return read_rows(storage, uri, output_version, constants=constants)
+        def read(shard: Mapping[str, Any]) -> pa.Table:
+            uri = f"{self.partition.uri}/{shard['output']}"
+            return read_rows(storage, uri, shard["output_version"], constants=constants)
 
-        with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="publish") as pool:
-            for batch in added.to_batches(max_chunksize=_READER_THREADS):
-                yield from pool.map(read, batch["output"].to_pylist(), batch["output_version"].to_pylist())
+        shards = (shard for batch in added.to_batches(1000) for shard in batch.to_pylist())
+        yield from map_in_threads(read, shards, threads=8)

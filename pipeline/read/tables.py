@@ -12,7 +12,6 @@ import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -41,13 +40,13 @@ from pipeline.storage import (
     StorageError,
     is_relative,
     is_under,
+    map_in_threads,
     normalize_uri,
 )
 from pipeline.text import remove_secrets
 
 _SHARD_ROWS = 1000
 _WINDOW_SHARDS = 500  # whose objects are looked up together
-_LOOKUPS = 32  # concurrent requests for versions
 _LISTED, _LISTED_PER_ROW = 1000, 10  # objects of a folder that are listed at most: this and more per row
 #: For the progress of a run: the assumed size of an image of unknown size.
 _UNKNOWN_BYTES = 100_000
@@ -300,11 +299,10 @@ def find_versions(storage: Storage, uris: Iterable[str], check: str) -> dict[str
             raise StorageError(error.uri, f"{error.cause}; {remedy}") from error
 
     found = dict[str, str | None]()
-    with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="versions") as pool:
-        for listed in pool.map(partial(ask, list_folder), folders):
-            found |= listed or {}
-        others = [uri for uri, version in found.items() if version is None]
-        found |= zip(others, pool.map(partial(ask, storage.version), others), strict=True)
+    for listed in map_in_threads(partial(ask, list_folder), folders):
+        found |= listed or {}
+    others = [uri for uri, version in found.items() if version is None]
+    found |= zip(others, map_in_threads(partial(ask, storage.version), others), strict=True)
     if check == "always" and remote:
         with storage.downloader() as downloader:
             for start in range(0, len(remote), _SHARD_ROWS):

@@ -33,6 +33,7 @@ GALLERY_SCHEMA = pa.schema(
 
 #: The rows in memory. Arrow cannot reorder more than 2 GiB of the type `binary`.
 MEMORY_SCHEMA = GALLERY_SCHEMA.set(7, pa.field("thumbnail", pa.large_binary()))
+_NO_ROWS = MEMORY_SCHEMA.empty_table()
 _BATCH_ROWS = 10_000
 #: New thumbnails in memory before the driver drops those that are not among the best.
 _MAX_NEW_ROWS = 8 * GALLERY_CLASSES
@@ -50,7 +51,7 @@ class Gallery:
         # By shard and by the chunk's start: the rows of a retried chunk replace the earlier rows.
         self._uncommitted: defaultdict[str, dict[int, pa.Table]] = defaultdict(dict)
         self._committed_shards: set[str] = set()
-        self._rows = MEMORY_SCHEMA.empty_table()
+        self._rows = _NO_ROWS
 
     def collect(self, chunk: Chunk, positions: Sequence[int] | None = None) -> Chunk:
         """Moves the thumbnails of a chunk into the gallery; returns the chunk without thumbnails.
@@ -85,7 +86,7 @@ class Gallery:
         previous: pa.Table,
         removed_shards: Collection[str],
         classes: Collection[int],
-        copied: pa.Table | None = None,
+        copied: pa.Table = _NO_ROWS,
     ) -> pa.Table:
         """Merges the rows of this run into the previous gallery; drops removed shards and other classes.
 
@@ -94,9 +95,8 @@ class Gallery:
         committed = pa.array(self._committed_shards, pa.string())
         dropped = pa.array(self._committed_shards.union(removed_shards), pa.string())
         kept = previous.filter(pc.invert(pc.is_in(previous["shard"], value_set=dropped)))
-        rows = pa.concat_tables([kept, self._rows])
-        if copied is not None:
-            rows = pa.concat_tables([rows, copied.filter(pc.is_in(copied["shard"], value_set=committed))])
+        moved = copied.filter(pc.is_in(copied["shard"], value_set=committed))
+        rows = pa.concat_tables([kept, self._rows, moved])
         in_classes = pc.is_in(rows["label_id"], value_set=pa.array(classes, pa.int32()))
         return select_best(rows.filter(in_classes), self._count)
 

@@ -1,7 +1,6 @@
 """The values that the sections of the page show. `templates/<section>.html` has the text and the layout."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.statistics import (
     class_table,
     predicted_classes,
 )
-from pipeline.storage import StorageError
+from pipeline.storage import StorageError, map_in_threads
 
 # Maximum numbers of shown items.
 MAX_TABLE_CLASSES = 50
@@ -31,7 +30,6 @@ MAX_GALLERY_CLASSES = 20
 MAX_UNREADABLE_SHARDS = 20
 #: Prediction files that are read for the causes of errors. Reading takes some seconds.
 MAX_FILES = 500
-_READER_THREADS = 16
 _SHOWN_BINS = 20
 #: Columns of the table of classes.
 _CLASS_COLUMNS = [
@@ -177,24 +175,18 @@ def read_causes(partition: Partition, max_files: int) -> tuple[ErrorCauses, int]
     order = [("errors", "descending"), ("uri", "ascending")]
     most_errors = with_errors.take(pc.select_k_unstable(with_errors, max_files, order)).to_pylist()
 
-    def read(row: Mapping[str, Any]) -> ErrorCauses | None:
-        predictions = read_predictions(
-            partition.storage, f"{partition.uri}/{row['output']}", ["key", "error"]
-        )
-        if predictions is None:
-            return None
-        causes = ErrorCauses()
-        causes.add(row["uri"], predictions[1])
-        return causes
+    def read(row: Mapping[str, Any]) -> tuple[str, pa.Table | None]:
+        uri = f"{partition.uri}/{row['output']}"
+        found = read_predictions(partition.storage, uri, ["key", "error"])
+        return row["uri"], None if found is None else found[1]
 
-    total, missing_files = ErrorCauses(), 0
-    with ThreadPoolExecutor(_READER_THREADS, thread_name_prefix="causes") as pool:
-        for causes in pool.map(read, most_errors):
-            if causes is None:
-                missing_files += 1
-            else:
-                total.merge(causes)
-    return total, missing_files
+    causes, missing_files = ErrorCauses(), 0
+    for uri, predictions in map_in_threads(read, most_errors, threads=8):
+        if predictions is None:
+            missing_files += 1
+        else:
+            causes.add(uri, predictions)
+    return causes, missing_files
 
 
 def throughput(record: Mapping[str, Any]) -> dict[str, Any] | None:

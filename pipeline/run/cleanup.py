@@ -2,18 +2,16 @@
 
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
-from pipeline.commit import LeaseLostError, ManifestRow, Partition, prediction_files, recovered_rows
+from pipeline.commit import LeaseLostError, ManifestRow, Partition, recovered_rows
 from pipeline.read import overlap
-from pipeline.run.copied_rows import find_regrouped, hold_sources
-from pipeline.run.planning import NO_ROW
+from pipeline.run.copied_rows import find_regrouped, read_source
+from pipeline.run.planning import NO_ROW, list_input
 from pipeline.run.recording import RunContext
-from pipeline.storage import ObjectChanged
-
-_THREADS = 16
+from pipeline.storage import ObjectChanged, ObjectNotFound, map_in_threads
 
 
 def clean_up(run: RunContext) -> bool:
@@ -28,8 +26,12 @@ def clean_up(run: RunContext) -> bool:
     obsolete = [repairs.entries[uri] for uri in to_remove]
     run.lease.check()
     files = {f"{partition.uri}/{row.output}" for row in obsolete}
-    predictions = run.result.job.stages.predictions
-    run.held |= hold_sources(plan.copied.values(), files, partition.storage, predictions)
+    sources = {source for each in plan.copied.values() for source in each.rows if source[0] in files}
+    read = partial(read_source, storage=partition.storage, options=run.result.job.stages.predictions)
+    try:
+        run.held.update(zip(sources, map_in_threads(read, sources), strict=True))
+    except (ObjectChanged, ObjectNotFound):
+        plan.copied.clear()  # another share has images in these groups too, and has removed a group
     remove_labels(partition, obsolete)
     rows = {**repairs.entries, **plan.updated}
     rows |= {uri: replace(row, deleted=True) for uri, row in labeled.items()}
@@ -60,8 +62,7 @@ def remove_labels(partition: Partition, rows: Iterable[ManifestRow]) -> None:
         with suppress(ObjectChanged):
             partition.storage.delete(f"{partition.uri}/{row.output}", row.output_version)
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="remove") as pool:
-        deque(pool.map(remove_one, rows), 0)
+    deque(map_in_threads(remove_one, rows), 0)
 
 
 def roll_back_regrouped(run: RunContext) -> set[str]:
@@ -82,16 +83,14 @@ def roll_back_regrouped(run: RunContext) -> set[str]:
         versions |= {row.output: row.output_version for row in rows if row.output and not plan.is_own(row)}
     files = (
         file
-        for file in prediction_files(partition.storage, partition.uri)
+        for file in partition.prediction_files()
         if versions.get(file.uri.removeprefix(f"{partition.uri}/")) != file.version
     )
-    found = recovered_rows(partition.storage, partition.uri, files)
-    unknown = [row for row in found if plan.is_own(row)]
+    unknown = [row for row in recovered_rows(partition, files) if plan.is_own(row)]
     if not unknown and all(groups[shard.uri].version == shard.version for shard in labeled):
         return set()
-    moved = find_regrouped(
-        run.relist(), {member.uri: shard.uri for shard in labeled for member in shard.members}
-    )
+    images: dict[str | None, str] = {image.uri: group.uri for group in labeled for image in group.members}
+    moved = find_regrouped(list_input(run.result.job.config), images)
     try:
         run.lease.verify()
     except LeaseLostError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipeline.commit import ManifestRow, Partition
+from pipeline.commit import ManifestRow, Partition, Repairs
 from pipeline.config import ConfigError
 from pipeline.predictions import READ_ERRORS, ErrorCategory, PredictionOptions, model_output_fields
 from pipeline.read import (
@@ -32,10 +31,10 @@ from pipeline.storage import (
     Storage,
     content_errors,
     is_under,
+    map_in_threads,
     read_table,
 )
 
-_THREADS = 16
 #: Errors of a row and not of its image, which a run finds again.
 _ROW_ERRORS = (ErrorCategory.INVALID_KEY, ErrorCategory.INVALID_CARRIED_VALUE)
 #: Columns that describe the image and its predictions. The other columns follow from the current input.
@@ -165,14 +164,13 @@ def find_copied_rows(
             copied.errors += stored.is_error
         return copied
 
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="copy") as pool:
-        several = {row.uri: row for row in (*losing, *changed)}  # whose rows several shards may copy
-        read = pool.map(partial(_stored_rows, partition), several.values())
-        of_shard = dict(zip(several, read, strict=True))
-        moved = dict(item for row in losing for item in of_shard[row.uri].items())
-        for row in changed:
-            of_file[whole_file(row.uri)] |= of_shard[row.uri]
-        copies = list(zip(shards, pool.map(find, shards), strict=True))
+    several = {row.uri: row for row in (*losing, *changed)}  # whose rows several shards may copy
+    read = map_in_threads(partial(_stored_rows, partition), several.values())
+    of_shard = dict(zip(several, read, strict=True))
+    moved = dict(item for row in losing for item in of_shard[row.uri].items())
+    for row in changed:
+        of_file[whole_file(row.uri)] |= of_shard[row.uri]
+    copies = list(zip(shards, map_in_threads(find, shards), strict=True))
     images = {uri: row.shard for uri, row in moved.items() if entries[row.shard].format == "images"}
     shifted |= find_regrouped(gaining if images else (), images)
     return {shard.uri: copied for shard, copied in copies if copied.rows}, shifted
@@ -187,19 +185,21 @@ def find_regrouped(shards: Iterable[Shard], group_of: Mapping[str | None, str]) 
     return {group_of[image] for image, group in members if group_of.get(image, group) != group}
 
 
-def find_replaced_groups(
-    partition: Partition, entries: Mapping[str, ManifestRow], listing: ShardListing
-) -> set[str]:
+def find_replaced_groups(partition: Partition, repairs: Repairs, listing: ShardListing) -> set[str]:
     """Returns labeled groups of image files of other inputs whose images the input selects.
 
+    Each share finds the groups, and removes those with images that it labels: removal is idempotent. A share
+    that starts later finds no file, labels its images, and removes the row of a share that died in between.
     Raises `ConfigError` if the input selects only some of the images of a group.
     """
     replaced, inputs = set[str](), listing.inputs
-    for uri, row in entries.items() if listing.format in (None, "images") else ():
+    for uri, row in repairs.stored.items() if listing.format in (None, "images") else ():
         folder = uri.rpartition("/")[0]
         is_near = any(is_under(root, folder) or is_under(folder, root) for root in inputs.roots)
         if row.format != "images" or not is_near or inputs.contains(uri):
             continue
+        if uri not in repairs.entries:
+            replaced.add(uri)
         selected = [inputs.contains(str(image)) for image in _stored_rows(partition, row)]
         if any(selected) and not all(selected):
             raise ConfigError(
@@ -229,16 +229,6 @@ def _stored_rows(partition: Partition, row: ManifestRow) -> dict[str | None, _St
         for number, (uri, version, error) in rows
         if uri is not None and (error is None or error.partition(":")[0] not in _ROW_ERRORS)
     }
-
-
-def hold_sources(
-    copied: Iterable[CopiedRows], uris: Collection[str], storage: Storage, options: PredictionOptions
-) -> dict[Source, pa.Table]:
-    """Reads the files that are about to be removed and whose rows shards copy."""
-    sources = [*{source for each in copied for source in each.rows if source[0] in uris}]
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hold") as pool:
-        tables = pool.map(lambda source: read_source(source, storage, options), sources)
-        return dict(zip(sources, tables, strict=True))
 
 
 def read_source(source: Source, storage: Storage, options: PredictionOptions) -> pa.Table:

@@ -110,10 +110,6 @@ class FailureMonitor:
         """Returns the counts that the limits apply to."""
         return self.own() + self.stopped or self.last
 
-    def violations(self) -> list[str]:
-        """Returns the limits that the run exceeds."""
-        return self.exceeded_limits(self.judged())
-
     def exceeded_limits(self, counts: Counter[str], largest: Mapping[str, float] | None = None) -> list[str]:
         """Returns a sentence for each limit that the counts exceed.
 

@@ -6,10 +6,9 @@ from pipeline.compare import RunPair
 from pipeline.config import InputUris, Share
 from pipeline.run.recording import RunContext
 from pipeline.statistics import Comparison, limit_violations
+from pipeline.storage import map_in_threads
 
 _DRIFT_LIMITS = {"max_psi", "max_js", "max_score_psi"}
-#: Maximum number of earlier run records that a run reads.
-_MAX_EARLIER = 100
 
 
 def read_earlier_failures(run: RunContext) -> None:
@@ -19,12 +18,12 @@ def read_earlier_failures(run: RunContext) -> None:
     other shares do not count.
     """
     partition, dataset = run.result.partition, run.result.job.config.input.inputs
-    share = Share.parse(run.result.job.config.run.share)
-    for earlier in [each for each in partition.records() if each < run.result.run][: -_MAX_EARLIER - 1 : -1]:
-        record = partition.record(earlier)
+    earlier = [each for each in partition.records() if each < run.result.run]
+    # No limit: a thousand shares may have run since, or other datasets. Most often, few records are read.
+    for record in map_in_threads(partition.record, reversed(earlier), threads=8):
         if "failures" not in record or InputUris.of_record(record) != dataset:
             continue
-        if not share.overlaps(Share.of_record(record)):
+        if not run.result.plan.share.overlaps(Share.of_record(record)):
             continue
         if record["status"] not in ("running", "interrupted", "failed"):
             run.failures.last = Counter(record["failures"])
@@ -34,18 +33,15 @@ def read_earlier_failures(run: RunContext) -> None:
             run.failures.stopped += counts
 
 
-def find_run_pair(run: RunContext) -> RunPair:
-    """Finds the run of the dataset before this run."""
-    return RunPair.find(run.result.partition, run.result.job.config.input.inputs, run.result.run)
-
-
 def check_gate_alone(run: RunContext) -> bool:
     """Checks the limits for the canary, or for a run that changed nothing; returns whether they pass."""
-    runs = find_run_pair(run) if _drift_limits(run) else None
-    if runs is not None and not runs.current and run.result.plan.shards:
+    result, runs = run.result, None
+    if _drift_limits(run):
+        runs = RunPair.find(result.partition, result.job.config.input.inputs, result.run)
+    if runs is not None and not runs.current and result.plan.shards:
         runs = None  # the canary has no labels
     check_gate(run, runs, runs.fold_statistics()[1] if runs is not None and runs.current else None)
-    return not (run.result.broken_limits or run.result.broken_failure_limits)
+    return not (result.broken_limits or result.broken_failure_limits)
 
 
 def check_gate(run: RunContext, runs: RunPair | None, previous: Comparison | None) -> None:
@@ -57,10 +53,8 @@ def check_gate(run: RunContext, runs: RunPair | None, previous: Comparison | Non
     if runs is not None and runs.previous is not None and not runs.current:
         drift = runs.partition.record(runs.previous).get("drift")
     result, min_images = run.result, run.result.job.config.gate.min_images
-    result.broken_limits = (
-        limit_violations(drift, min_images=min_images, **_drift_limits(run)) if drift else []
-    )
-    result.broken_failure_limits = run.failures.violations()
+    result.broken_limits = limit_violations(drift, _drift_limits(run), min_images) if drift else []
+    result.broken_failure_limits = run.failures.exceeded_limits(run.failures.judged())
     run.record.set(
         drift=drift, broken_limits=result.broken_limits, broken_failure_limits=result.broken_failure_limits
     )

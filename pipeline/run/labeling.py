@@ -64,7 +64,7 @@ def label(
     open_listing(config.model_copy(update={"input": unchecked}))
     on_phase(Phase.LOADING_MODEL)
     job = make_job(config)
-    opened = time.monotonic()
+    opened_s = time.monotonic() - start
     share, seconds = Share.parse(config.run.share), config.run.lease_duration_s
     lease = Lease(job.storage, job.partition.uri, new_run_id(), seconds, share=share)
     with sigterm_interrupts(), lease.held(wait, on_wait):
@@ -73,7 +73,7 @@ def label(
         # Listed again under the lease: another run may have labeled shards that the first listing lacks.
         listing = open_listing(config)
         with run_record(job, run, start, selection) as record:
-            record.record_time("checkpoint_opened", opened)
+            record.timings["checkpoint_opened"] = round(opened_s, 3)
             prepared = prepare(job, listing, selection, lease.found_clean_shutdown)
             job, plan = prepared.job, prepared.plan
             record.record_time("planned")

@@ -9,14 +9,7 @@ from functools import partial
 from pipeline.commit import ManifestRow, Partition, Repairs, find_repairs, was_clean_shutdown
 from pipeline.config import LABEL_NEW, WHOLE, Config, ConfigError, Selection, Share, make_storage
 from pipeline.predictions import read_footer
-from pipeline.read import (
-    Shard,
-    ShardListing,
-    divide_files,
-    list_shards,
-    select_images,
-    whole_file,
-)
+from pipeline.read import Shard, ShardListing, divide_files, list_shards, select_images, whole_file
 from pipeline.run.copied_rows import CopiedRows, find_copied_rows, find_replaced_groups
 from pipeline.run.job import Job, make_job
 from pipeline.text import pluralize
@@ -37,7 +30,7 @@ class ShardState(StrEnum):
 
 @dataclass
 class Plan:
-    """The plan of a run: of its share, except for `listing`, `groups` and `files`.
+    """The plan of a run: of its share, except for `listing` and `groups`.
 
     Attributes:
         listing: the listing of the input, which has counts of the ignored objects.
@@ -57,7 +50,6 @@ class Plan:
         image_states: number of images by state; None unless the input has image files or tables only.
         copied: the stored rows that a shard to label copies, by URI; only the other images are read.
         groups: groups of image files of other inputs that this input replaces, in every share.
-        files: the files and tables of the input.
     """
 
     listing: ShardListing
@@ -74,7 +66,6 @@ class Plan:
     parts: defaultdict[str, list[ManifestRow]] = field(default_factory=lambda: defaultdict(list))
     image_states: Counter[ShardState] | None = None
     copied: dict[str, CopiedRows] = field(default_factory=dict)
-    files: set[str] = field(default_factory=set)
 
     def is_own(self, shard: Shard | ManifestRow) -> bool:
         """Returns whether a shard, which may be deleted, is in the share of the run.
@@ -88,8 +79,7 @@ class Plan:
         if shard.format == "images":
             root = self.listing.inputs.root_of(shard.uri) or shard.uri.rpartition("/")[0]
             return shard.uri in self.groups or self.share.contains(root)
-        table = _find_in(shard.uri, self.listing.tables) or _find_in(shard.uri, self.files)
-        return self.share.contains(table or whole_file(shard.uri))
+        return self.share.contains(_find_in(shard.uri, self.listing.tables) or whole_file(shard.uri))
 
     @property
     def deleted_with_labels(self) -> dict[str, ManifestRow]:
@@ -155,11 +145,9 @@ def plan(
     With `keep`, the readable parts of damaged shards are due. For `groups`, see `find_replaced_groups`.
     """
     planned, images, seen = Plan(listing, selection, share, groups), Counter[ShardState](), set[str]()
-    formats, files, unlabeled = set[str | None](), planned.files, set[str]()
+    formats, files, unlabeled = set[str | None](), set[str](), set[str]()
     last_changed: str | None = None  # the preceding group of image files, if it changed
     for shard in listing:
-        if shard.format != "images":
-            files.add(shard.object.uri)
         if not planned.is_own(shard):
             continue
         row = manifest.get(shard.uri, NO_ROW)
@@ -188,6 +176,7 @@ def plan(
             if state is not ShardState.NEW:
                 last_changed = shard.uri if is_changed else None
             continue
+        files.add(shard.object.uri)
         if row.output is None:
             unlabeled.add(shard.uri)
         # With other columns of `input.carry`, a part has the same rows.
@@ -284,10 +273,8 @@ def prepare(job: Job, listing: ShardListing, selection: Selection, clean_shutdow
     """Reads the manifest and the rest of the listing, finds repairs, and plans; raises as `plan_run`."""
     partition, manifest = job.partition, job.partition.manifest
     clean_shutdown = clean_shutdown and manifest.exists()
-    repairs = find_repairs(
-        partition.storage, partition.uri, job.fingerprint, manifest.entries(), clean_shutdown
-    )
-    groups = find_replaced_groups(partition, repairs.entries, listing)
+    repairs = find_repairs(partition, job.fingerprint, manifest.entries(), clean_shutdown)
+    groups = find_replaced_groups(partition, repairs, listing)
     keep = job.stages.read_options.input.on_damaged_shard == "keep"
     share = Share.parse(job.config.run.share)
     planned = plan(listing, repairs.entries, selection, keep, groups, share)

@@ -8,18 +8,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.commit import Lease, ManifestRow, ManifestWriter, Partition, Progress, RunRecord, Totals
 from pipeline.config import Selection
-from pipeline.read import Shard
 from pipeline.report import Gallery
 from pipeline.run.copied_rows import Source
 from pipeline.run.failures import FailureMonitor
 from pipeline.run.job import Job
-from pipeline.run.planning import Plan, PreparedRun, list_input
-from pipeline.statistics import ClassStatistics, StageSummary
+from pipeline.run.planning import Plan, PreparedRun
+from pipeline.statistics import ClassStatistics
 from pipeline.storage import StorageError, retry_counts
 from pipeline.text import remove_secrets
 
@@ -52,9 +52,8 @@ class RunResult:
         timings: seconds from the start of the run to each event, by name: `checkpoint_opened`, `planned`,
             `model_loaded`, `executor_ready`, `first_result`, `first_commit`, `last_result`,
             `executor_stopped`, `summarized`, `ended`.
-        images_per_s: throughput from the first result to the last; None if these are less than 10 s apart.
-        stages: metrics of each stage; empty if there was nothing to label.
-        decoder: description of the devices that decoded the images.
+        throughput: `images_per_s`, `stages`, `bound_by`, `gpu_utilization` and `decoder` of the run record;
+            empty if there was nothing to label.
         broken_limits: messages about limits of the gate on drift that the labels break.
         broken_failure_limits: messages about limits on errors and unreadable shards that the run breaks.
         aborted: whether the gate stopped the run before all shards were labeled.
@@ -67,9 +66,7 @@ class RunResult:
     rolled_back: set[str] = field(default_factory=set)
     statistics: ClassStatistics | None = None
     timings: dict[str, float] = field(default_factory=dict)
-    images_per_s: float | None = None
-    stages: dict[str, StageSummary] = field(default_factory=dict)
-    decoder: str = ""
+    throughput: dict[str, Any] = field(default_factory=dict)
     broken_limits: list[str] = field(default_factory=list)
     broken_failure_limits: list[str] = field(default_factory=list)
     aborted: bool = False
@@ -116,10 +113,6 @@ class RunContext:
         self.gallery = Gallery(config.report.gallery, plan.shards)
         entries = self.prepared.repairs.entries
         self.failures = FailureMonitor(config.gate, plan.shards, entries, plan.copied)
-
-    def relist(self) -> Iterator[Shard]:
-        """Lists the input again; needed only if runs overlap."""
-        return list_input(self.result.job.config)
 
     def retries(self) -> Counter[str]:
         """Returns the number of retried storage operations of this process and of workers, by failure."""

@@ -12,7 +12,7 @@ from pipeline.config import WHOLE, Config, InputUris, Share, make_storage
 from pipeline.dataflow import sigterm_interrupts
 from pipeline.report import render_report
 from pipeline.statistics import ClassStatistics, class_table
-from pipeline.storage import StorageError, encode_parquet, normalize_uri
+from pipeline.storage import StorageError, encode_parquet, map_in_threads, normalize_uri
 
 REPORT = "report.html"
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
@@ -73,8 +73,8 @@ def _latest_runs(config: Config, count: int | None = None) -> Iterator[tuple[Par
         partition = Partition(storage, uri, ())
         if partition.name.startswith("model="):
             runs += [(run, partition) for run in islice(reversed(partition.records()), count)]
-    for run, partition in sorted(runs, key=lambda each: each[0], reverse=True):
-        yield partition, partition.record(run)
+    latest = sorted(runs, key=lambda each: each[0], reverse=True)
+    yield from map_in_threads(lambda each: (each[1], each[1].record(each[0])), latest, threads=8)
 
 
 def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
@@ -85,11 +85,9 @@ def _has_same_labels(config: Config, record: Mapping[str, Any]) -> bool:
         return False
     path, revision = _model(config)
     other, other_revision = _model(recorded)
-    return (path, config.model.labels, config.label_settings) == (
-        other,
-        recorded.model.labels,
-        recorded.label_settings,
-    ) and revision in (other_revision, record.get("model_commit"))
+    is_same_model = path == other and revision in (other_revision, record.get("model_commit"))
+    has_same_names = config.model.labels == recorded.model.labels
+    return is_same_model and has_same_names and config.label_settings == recorded.label_settings
 
 
 def _model(config: Config) -> tuple[str, str]:
@@ -106,10 +104,9 @@ def rebuild(partition: Partition) -> None:
 
     Raises `StorageError`, `LeaseHeldError` if a run is active, or `LeaseLostError` if a run has taken over.
     """
-    storage, uri = partition.storage, partition.uri
-    lease = Lease(storage, uri, new_run_id(), _LEASE_S)
+    lease = Lease(partition.storage, partition.uri, new_run_id(), _LEASE_S)
     with sigterm_interrupts(), lease.held():
-        partition.manifest.replace(lambda: rebuilt_rows(storage, uri))
+        partition.manifest.replace(lambda: rebuilt_rows(partition))
         lease.verify()
         write_class_table(partition, partition.manifest.fold_statistics, partition.topk())
         lease.clean_shutdown = True
@@ -117,11 +114,10 @@ def rebuild(partition: Partition) -> None:
 
 def write_class_table(partition: Partition, fold: Callable[[], ClassStatistics], topk: int) -> None:
     """Writes `class_stats.parquet`; folds again if another run has written the file since the fold."""
-
-    def content(version: str) -> bytes:
-        return encode_parquet(class_table(fold(), partition.labels, topk))
-
-    partition.storage.update(f"{partition.uri}/{CLASS_STATS}", content)
+    partition.storage.update(
+        f"{partition.uri}/{CLASS_STATS}",
+        lambda _: encode_parquet(class_table(fold(), partition.labels, topk)),
+    )
 
 
 def write_report(

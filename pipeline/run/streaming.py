@@ -26,6 +26,7 @@ from pipeline.read import Chunk, Shard, whole_file
 from pipeline.run.cleanup import remove_labels
 from pipeline.run.copied_rows import read_source
 from pipeline.run.gate import check_gate_alone
+from pipeline.run.planning import list_input
 from pipeline.run.recording import Phase, RunContext
 from pipeline.statistics import (
     CLASSIFY,
@@ -180,18 +181,14 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         run.on_progress(committer.progress(), run.prepared)
 
     chunks = _label_in_order(run, executor, committer, resources, stop)
-    first_classify_s: float | None = None
-    first_images = 0
+    first: tuple[int, float] | None = None  # images, and seconds of their classification
     with closing(chunks), stop.until_aborted():
         for chunk in chunks:
             run.record.record_time("first_result")
-            if stop.requested:
-                committer.reject_new_shards()
+            committer.accepts_new_shards = not stop.requested
             copied = plan.copied.get(plan.shards[chunk.shard].uri)
             committer.add(run.gallery.collect(chunk, None if copied is None else copied.missing))
-            if first_classify_s is None:
-                first_classify_s = chunk.metrics[CLASSIFY].busy_s
-                first_images = committer.progress().images
+            first = first or (committer.progress().images, chunk.metrics[CLASSIFY].busy_s)
             report_progress(chunk)
             run.lease.check()
             if stop.requested and not committer.open_shards:
@@ -206,10 +203,10 @@ def _commit_results(run: RunContext, executor: Executor, committer: Committer, s
         committer.wait_for_writes()
     else:
         committer.finish()
-    if first_classify_s is not None:
+    if first is not None:
         seconds = run.result.timings["last_result"] - run.result.timings["first_result"]
-        run.result.images_per_s = steady_rate(committer.progress().images - first_images, seconds)
-        _record_stages(run, resources, seconds + first_classify_s)
+        images_per_s = steady_rate(committer.progress().images - first[0], seconds)
+        _record_stages(run, resources, images_per_s, seconds + first[1])
     report_progress()
 
 
@@ -242,32 +239,33 @@ def _abort(run: RunContext, broken: Sequence[str]) -> None:
     logger.error("the gate stops the run, %s remain: %s", shards, "; ".join(broken))
 
 
-def _record_stages(run: RunContext, resources: Resources, seconds: float) -> None:
+def _record_stages(run: RunContext, resources: Resources, images_per_s: float | None, seconds: float) -> None:
     """Records the metrics of each stage; `seconds` is the duration of the dataflow."""
     result, metrics = run.result, run.result.totals.metrics
     workers = {STORAGE: min(resources.readers, len(result.plan.shards)), COMMIT: MAX_CONCURRENT_WRITES}
     if resources.decoders:
         workers[DECODE] = resources.decoders
-        result.decoder = f"the CPU, {result.job.config.decode.quality}"
+        decoder = f"the CPU, {result.job.config.decode.quality}"
     else:
         decoded = metrics[DECODE]
         on_gpu, on_cpu = decoded.decoded_on_gpu, decoded.images - decoded.decoded_on_gpu
-        result.decoder = f"the GPU, {pluralize(on_gpu, 'image')}, and the CPU, {on_cpu:,}"
-    result.stages = summarize_stages(metrics, workers, seconds)
-    run.record.set(
-        stages={stage: asdict(summary) for stage, summary in result.stages.items()},
-        images_per_s=result.images_per_s,
-        bound_by=describe_bottleneck(result.stages),
-        gpu_utilization=metrics[CLASSIFY].gpu_utilization,
-        decoder=result.decoder,
-    )
+        decoder = f"the GPU, {pluralize(on_gpu, 'image')}, and the CPU, {on_cpu:,}"
+    stages = summarize_stages(metrics, workers, seconds)
+    result.throughput = {
+        "stages": stages,
+        "images_per_s": images_per_s,
+        "bound_by": describe_bottleneck(stages),
+        "gpu_utilization": metrics[CLASSIFY].gpu_utilization,
+        "decoder": decoder,
+    }
+    run.record.set(**result.throughput)
 
 
 def _is_current(run: RunContext, shard: Shard) -> bool:
     """Returns whether the input still has this version of a shard; raises `LeaseLostError`."""
-    storage = run.result.job.storage
+    job = run.result.job
     if shard.members or shard.rows:
-        return any((other.uri, other.version) == (shard.uri, shard.version) for other in run.relist())
+        return any((each.uri, each.version) == (shard.uri, shard.version) for each in list_input(job.config))
     if shard.span:  # a run that divides the file differently may have taken over
         run.lease.verify()
-    return storage.version(shard.object.uri) == shard.object.version
+    return job.storage.version(shard.object.uri) == shard.object.version

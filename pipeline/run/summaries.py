@@ -7,9 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.classify import GALLERY_CLASSES
+from pipeline.compare import RunPair
 from pipeline.predictions import prediction_path
 from pipeline.report import GALLERY_FILE, encode_gallery, read_gallery, render_report
-from pipeline.run.gate import check_gate, find_run_pair
+from pipeline.run.gate import check_gate
 from pipeline.run.recording import RunContext
 from pipeline.run.stored import REPORT, write_class_table
 from pipeline.statistics import ClassStatistics, Comparison
@@ -24,7 +25,8 @@ def summarize(run: RunContext) -> None:
     Runs of other shares may do the same. A write fails, and is repeated with a new fold, if another run has
     written the file since the fold. So the last write has the labels of all runs that have ended.
     """
-    runs, result, partition = find_run_pair(run), run.result, run.result.partition
+    result, partition = run.result, run.result.partition
+    runs = RunPair.find(partition, result.job.config.input.inputs, result.run)
     previous: Comparison | None = None
 
     def fold() -> ClassStatistics:

@@ -15,7 +15,6 @@ from pipeline.statistics.stages import (
     STAGES,
     STORAGE,
     StageMetrics,
-    StageSummary,
     StageTimer,
     describe_bottleneck,
     steady_rate,

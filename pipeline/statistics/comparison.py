@@ -174,28 +174,24 @@ class Comparison:
 
 
 def limit_violations(
-    totals: Mapping[str, Any],
-    max_psi: float | None = None,
-    max_js: float | None = None,
-    max_score_psi: float | None = None,
-    min_agreement: float | None = None,
-    min_images: int = 1,
+    totals: Mapping[str, Any], limits: Mapping[str, float | None], min_images: int = 1
 ) -> list[str]:
     """Returns a sentence for each limit that `Comparison.totals` exceed; None means no limit.
 
-    The limits on drift apply if both label sets have at least `min_images` images.
+    The limits are `max_psi`, `max_js`, `max_score_psi` and `min_agreement`. The limits on drift apply if both
+    label sets have at least `min_images` images.
     """
     enough = min(totals["images_a"], totals["images_b"]) >= min_images
     violations = [
         f"{title} {value:.4g} is more than {limit:g}"
         for title, name, limit in (
-            ("PSI", "psi", max_psi),
-            ("Jensen-Shannon distance", "js_distance", max_js),
-            ("PSI of the scores", "score_psi", max_score_psi),
+            ("PSI", "psi", limits.get("max_psi")),
+            ("Jensen-Shannon distance", "js_distance", limits.get("max_js")),
+            ("PSI of the scores", "score_psi", limits.get("max_score_psi")),
         )
         if enough and limit is not None and not (value := totals[name]) <= limit  # NaN violates any limit
     ]
-    agreement = totals.get("agreement")
+    agreement, min_agreement = totals.get("agreement"), limits.get("min_agreement")
     if min_agreement is not None and agreement is not None and not agreement >= min_agreement:
         violations.append(f"agreement {agreement:.4g} is less than {min_agreement:g}")
     return violations

@@ -86,22 +86,10 @@ class StageTimer:
             self._busy_threads += step
 
 
-@dataclass(frozen=True)
-class StageSummary:
-    """Sums of `StageMetrics` over a run and all workers of one stage, and their busy fraction."""
-
-    images: int
-    busy_s: float
-    wait_s: float
-    bytes: int
-    workers: float
-    fraction_busy: float
-
-
 def summarize_stages(
     metrics: Mapping[str, StageMetrics], workers: Mapping[str, int], seconds: float
-) -> dict[str, StageSummary]:
-    """Returns the summary of each stage.
+) -> dict[str, dict[str, float]]:
+    """Returns `images`, `busy_s`, `wait_s`, `bytes`, `workers` and `fraction_busy` of each stage.
 
     Args:
         metrics: Sums over the run, by stage.
@@ -117,9 +105,14 @@ def summarize_stages(
             wait = max(0.0, count * seconds - busy)
         else:
             count = (busy + wait) / seconds if seconds else 0.0
-        fraction = round(busy / (busy + wait), 4) if busy + wait else 0.0
-        times = round(busy, 3), round(wait, 3)
-        summaries[stage] = StageSummary(sums.images, *times, sums.bytes, round(count, 2), fraction)
+        summaries[stage] = {
+            "images": sums.images,
+            "busy_s": round(busy, 3),
+            "wait_s": round(wait, 3),
+            "bytes": sums.bytes,
+            "workers": round(count, 2),
+            "fraction_busy": round(busy / (busy + wait), 4) if busy + wait else 0.0,
+        }
     return summaries
 
 
@@ -128,15 +121,15 @@ def steady_rate(images: int, seconds: float) -> float | None:
     return images / seconds if seconds >= _MIN_SECONDS else None
 
 
-def describe_bottleneck(summaries: Mapping[str, StageSummary]) -> str:
+def describe_bottleneck(summaries: Mapping[str, Mapping[str, float]]) -> str:
     """Returns one line that names the stage that limited the throughput, if known."""
-    used = [stage for stage in summaries.values() if stage.workers]
-    seconds = min(((each.busy_s + each.wait_s) / each.workers for each in used), default=0.0)
+    used = [stage for stage in summaries.values() if stage["workers"]]
+    seconds = min(((each["busy_s"] + each["wait_s"]) / each["workers"] for each in used), default=0.0)
     if seconds < _MIN_SECONDS:
         return "unknown: the run was too short"
-    by_fraction = sorted(summaries, key=lambda stage: summaries[stage].fraction_busy, reverse=True)
-    fractions = [f"{stage} {summaries[stage].fraction_busy:.0%}" for stage in by_fraction]
-    busiest = by_fraction[0]
-    if summaries[busiest].fraction_busy < _MIN_BUSY:
+    busy = {stage: summary["fraction_busy"] for stage, summary in summaries.items()}
+    busiest, *others = sorted(busy, key=lambda stage: busy[stage], reverse=True)
+    fractions = [f"{stage} {busy[stage]:.0%}" for stage in (busiest, *others)]
+    if busy[busiest] < _MIN_BUSY:
         return f"no stage (busy: {', '.join(fractions)}): startup and scheduling took the remaining time"
-    return f"{busiest}, busy {summaries[busiest].fraction_busy:.0%} of the time ({', '.join(fractions[1:])})"
+    return f"{busiest}, busy {busy[busiest]:.0%} of the time ({', '.join(fractions[1:])})"

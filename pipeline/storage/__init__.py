@@ -23,3 +23,4 @@ from pipeline.storage.objects import (
 from pipeline.storage.parquet import encode_parquet, read_row_groups, read_table
 from pipeline.storage.retrying import pause_after, retry_counts
 from pipeline.storage.temporary import temporary_folder
+from pipeline.storage.threads import map_in_threads

@@ -17,7 +17,6 @@ from pipeline.storage.objects import (
     ObjectInfo,
     ObjectNotFound,
     StorageError,
-    split_uri,
 )
 from pipeline.storage.ranges import RangeReader
 from pipeline.storage.retrying import Failure, describe_error, retry
@@ -45,9 +44,6 @@ class Buckets(ABC):
 
     def __init__(self, client: Any, anonymous: bool = False, requester_pays: bool = False) -> None:
         self._client, self._anonymous, self._requester_pays = client, anonymous, requester_pays
-
-    def object_store_options(self) -> dict[str, str]:
-        return {}
 
     def list(self, uri: str, prefix: str) -> Iterator[ObjectInfo]:
         if split_uri(uri)[1] and not prefix:
@@ -136,6 +132,9 @@ class Buckets(ABC):
         return retry(action, lambda error: self._explain(uri, error, attempts))
 
     @abstractmethod
+    def object_store_options(self) -> dict[str, str]: ...
+
+    @abstractmethod
     def _explain(self, uri: str, error: Exception, attempts: int) -> Failure: ...
 
     @abstractmethod
@@ -152,6 +151,12 @@ class Buckets(ABC):
 
     @abstractmethod
     def _delete(self, uri: str, expected: str | None) -> None: ...
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Returns bucket and key: `bucket` and `some/key` for `s3://bucket/some/key`."""
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    return bucket, key
 
 
 def access_denied(uri: str, cause: str, kind: str) -> Failure:  # noqa: D103

@@ -6,16 +6,16 @@ import google.api_core.exceptions as api
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import storage
 
-from pipeline.storage.buckets import MISSING_FIELD, Buckets, Page, access_denied, malformed_response
-from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
-from pipeline.storage.objects import (
-    ABSENT,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    StorageError,
+from pipeline.storage.buckets import (
+    MISSING_FIELD,
+    Buckets,
+    Page,
+    access_denied,
+    malformed_response,
     split_uri,
 )
+from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 
 _TRANSIENT = (api.ServerError, api.TooManyRequests, *CONNECTION_ERRORS)

@@ -84,7 +84,14 @@ class LocalFiles:
                 file.flush()
                 os.fsync(file.fileno())
                 with locked(folder) as descriptor:  # prevents other writes between the check and the rename
-                    self._check_version(uri, expected, temporary)
+                    previous = None
+                    with contextlib.suppress(FileNotFoundError):
+                        previous = Path(uri).stat()
+                    if expected not in (None, _info(uri, previous).version if previous else ABSENT):
+                        raise ObjectChanged(uri)
+                    # The file system's clock advances in milliseconds: two writes may have the same time.
+                    if previous and temporary.stat().st_mtime_ns <= previous.st_mtime_ns:
+                        os.utime(temporary, ns=(previous.st_atime_ns, previous.st_mtime_ns + 1))
                     found = temporary.stat()
                     temporary.replace(uri)
                     os.fsync(descriptor)  # otherwise a power failure may undo the rename
@@ -104,18 +111,6 @@ class LocalFiles:
                 with contextlib.suppress(OSError), path.open("r+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the writer still runs
                     path.unlink()
-
-    def _check_version(self, uri: str, expected: str | None, temporary: Path) -> None:
-        """Checks a file's version, and makes `temporary` newer than the file; raises `ObjectChanged`."""
-        previous = None
-        with contextlib.suppress(FileNotFoundError):
-            previous = Path(uri).stat()
-        version = _info(uri, previous).version if previous else ABSENT
-        if expected not in (None, version):
-            raise ObjectChanged(uri)
-        # A file system's clock advances in steps of milliseconds: two writes may have the same time.
-        if previous and temporary.stat().st_mtime_ns <= previous.st_mtime_ns:
-            os.utime(temporary, ns=(previous.st_atime_ns, previous.st_mtime_ns + 1))
 
 
 @contextlib.contextmanager

@@ -135,9 +135,3 @@ def is_under(uri: str, root: str) -> bool:
 def relative_name(folder: str, uri: str) -> str:
     """Returns the name of an object relative to `folder`, or the object's last part if `uri` is `folder`."""
     return uri[len(folder) :].lstrip("/") or uri.rpartition("/")[2]
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Returns bucket and key: `bucket` and `some/key` for `s3://bucket/some/key`."""
-    bucket, _, key = uri.partition("://")[2].partition("/")
-    return bucket, key

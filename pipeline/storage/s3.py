@@ -19,16 +19,10 @@ from pipeline.storage.buckets import (
     access_denied,
     bucket_not_found,
     malformed_response,
-)
-from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
-from pipeline.storage.objects import (
-    ABSENT,
-    ObjectChanged,
-    ObjectInfo,
-    ObjectNotFound,
-    StorageError,
     split_uri,
 )
+from pipeline.storage.limits import KEPT_CONNECTIONS, RequestLimits, limited_pools
+from pipeline.storage.objects import ABSENT, ObjectChanged, ObjectInfo, ObjectNotFound, StorageError
 from pipeline.storage.retrying import CONNECTION_ERRORS, Failure, describe_error
 
 _PAYER = {"x-amz-request-payer": "requester"}

@@ -296,7 +296,7 @@ def test_committer_finishes_open_shards_and_rejects_new_ones(tmp_path: Path) -> 
     with Committer(prediction_writer, shards(2), lambda row: rows.update({row.uri: row})) as committer:
         first, *rest = split(0, 10, 4)
         committer.add(first)
-        committer.reject_new_shards()
+        committer.accepts_new_shards = False
         for chunk in split(1, 6, 4) + rest:
             committer.add(chunk)
         assert committer.open_shards == 0

@@ -6,14 +6,18 @@ are really killed.
 
 from __future__ import annotations
 
+import itertools
 import random
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.commit import lease, manifest_writer
 from pipeline.config import LABEL_NEW, Selection
+from pipeline.storage import Storage
 from tests.makers import make_tar
 from tests.pipeline.crashing import Crash
 from tests.pipeline.replaying import Place, Snapshot
@@ -202,6 +206,43 @@ def test_share_killed_at_any_write_is_completed_by_other_divisions(
         for text in TAKEOVERS[number % len(TAKEOVERS)]:
             place.run(LABEL_NEW, share(text))
         assert place.end_state() == end, TAKEOVERS[number % len(TAKEOVERS)]
+
+
+@pytest.mark.parametrize("day", ["first day", "second day"])
+def test_drivers_of_different_divisions_label_one_dataset_at_once(
+    place: Place, members: Members, every: int, day: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any write of the share 1/2, the shares 2/4 and 4/4 are labeled; then 1/2 continues."""
+    place.put("in", first_day(members))
+    start: Snapshot = {}
+    if day == "second day":
+        place.run()
+        start = place.snapshot()
+        place.put("in", second_day(members))
+    place.run()
+    end = place.end_state()
+    place.restore(start)
+    count = len(place.recorded(LABEL_NEW, share("1/2")))
+    assert count >= 8
+
+    def interrupted(action: Callable[..., Any], writes: Iterator[int], number: int) -> Callable[..., Any]:
+        def act(storage: Storage, uri: str, *args: Any, **options: Any) -> Any:
+            if uri.startswith(place.root) and next(writes) == number:
+                for text in ("2/4", "4/4"):
+                    place.run(LABEL_NEW, share(text))
+            return action(storage, uri, *args, **options)
+
+        return act
+
+    for number in range(0, count, every):
+        place.restore(start)
+        writes = itertools.count()
+        with monkeypatch.context() as patch:
+            for name in ("write", "delete"):
+                patch.setattr(Storage, name, interrupted(getattr(Storage, name), writes, number))
+            place.run(LABEL_NEW, share("1/2"))
+        assert next(writes) > number
+        assert place.end_state() == end, number
 
 
 def test_rebuild_killed_at_any_write_is_repaired(place: Place, members: Members) -> None:

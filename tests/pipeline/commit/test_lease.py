@@ -26,6 +26,11 @@ def place(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("tmp_path" if request.param == "folder" else "bucket"))
 
 
+@pytest.fixture(autouse=True)
+def _short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.commit.lease._POLL_S", 0.05)
+
+
 def make(place: str, run: str, seconds: float = 60, **options: Any) -> Lease:
     return Lease(Storage(), place, run, seconds, **options)
 
@@ -52,7 +57,7 @@ def test_second_run_is_rejected_with_the_holder_and_the_expiry(place: str) -> No
 
 
 def test_waiting_run_acquires_the_lease_when_released(place: str) -> None:
-    first, second, messages = make(place, "run-1"), make(place, "run-2", poll_s=0.05), list[str]()
+    first, second, messages = make(place, "run-1"), make(place, "run-2"), list[str]()
     first.acquire()
     threading.Timer(0.5, first.release, [True]).start()
     start = time.monotonic()
@@ -77,7 +82,7 @@ def test_lease_expires_after_its_run_died(place: str) -> None:
     write_lease_of_dead_run(place, seconds=0.5)
     with pytest.raises(LeaseHeldError):
         make(place, "run-2").acquire()
-    second = make(place, "run-2", poll_s=0.05)
+    second = make(place, "run-2")
     assert not second.acquire(wait=True)  # the dead run did not shut down cleanly
     second.release(clean_shutdown=True)
 
@@ -107,7 +112,7 @@ def take_over(place: str, share: Share = WHOLE) -> tuple[Lease, Lease]:
     zombie = Lease(storage, place, "zombie", seconds=0.3, share=share)
     zombie.acquire()
     storage.resumed.clear()
-    other = make(place, "other", poll_s=0.05)
+    other = make(place, "other")
     other.acquire(wait=True)
     storage.resumed.set()
     return zombie, other

@@ -45,7 +45,7 @@ def without_runs(rows: list[ManifestRow]) -> list[ManifestRow]:
 
 
 def assert_rebuilds(partition: Partition) -> None:
-    rebuilt = rebuilt_rows(partition.storage, partition.uri)
+    rebuilt = rebuilt_rows(partition)
     assert without_runs(rebuilt) == without_runs(manifest_rows(partition.manifest))
 
 

@@ -246,7 +246,7 @@ def test_rebuild_and_recovery_keep_the_damage(tmp_path: Path) -> None:
     result = label(run_config(tmp_path, KEEP))
     stored = [replace(row, run=None, committed_at=None) for row in manifest_rows(result.partition.manifest)]
     assert stored[0].damage is not None
-    assert rebuilt_rows(Storage(), result.partition.uri) == stored
+    assert rebuilt_rows(result.partition) == stored
     Storage().delete(result.partition.manifest.uri)
     again = label(run_config(tmp_path, KEEP))
     assert not again.is_complete

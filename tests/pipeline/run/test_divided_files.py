@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import LeaseLostError, PredictionWriter, Progress
-from pipeline.config import Selection
+from pipeline.config import Config, Selection
 from pipeline.run import PreparedRun, RunResult, label, plan_run, rebuild, streaming
-from pipeline.run.recording import RunContext
 from pipeline.storage import Storage, StorageError
 from tests.makers import make_image, make_parquet, make_tar
 from tests.runs import run_config
@@ -83,7 +82,7 @@ def _check_each_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Storage, name, checked)
     # One write at a time, so that the check sees each state.
     monkeypatch.setattr("pipeline.commit.committer.MAX_CONCURRENT_WRITES", 1)
-    monkeypatch.setattr("pipeline.run.cleanup._THREADS", 1)
+    monkeypatch.setattr("pipeline.run.cleanup.map_in_threads", map)
 
 
 @pytest.fixture(params=["parquet", "tar"])
@@ -220,10 +219,11 @@ def test_input_is_listed_once_with_divided_and_whole_files(
     size = write(tmp_path, format)
     Storage().write(f"{tmp_path}/in/y.tar", make_tar({"y.jpg": make_image()}))
 
-    def relist(context: RunContext) -> Any:
+    def list_again(config: Config) -> Any:
         raise AssertionError("no run overlaps")
 
-    monkeypatch.setattr(RunContext, "relist", relist)
+    for module in ("cleanup", "streaming"):
+        monkeypatch.setattr(f"pipeline.run.{module}.list_input", list_again)
     assert run(tmp_path, split(size, 3)).is_complete
     assert keys(tmp_path) == [*ALL, "y"]
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from jobs import label as label_command
 from jobs.cli import make_app
 from jobs.console import add_command
-from pipeline.commit import Progress
-from pipeline.config import LABEL_NEW, Selection
+from pipeline.commit import Progress, new_run_id
+from pipeline.config import LABEL_NEW, Selection, Share
 from pipeline.run import PreparedRun, RunResult, label
 from pipeline.storage import Storage
 from tests.makers import make_image, make_tar
@@ -114,6 +114,23 @@ def test_retry_that_succeeds_recovers(tmp_path: Path) -> None:
     retried = run(tmp_path, selection=RETRY)
     assert (retried.totals.images, retried.broken_failure_limits) == (40, [])
     assert run(tmp_path).broken_failure_limits == []
+
+
+@pytest.mark.parametrize("others", ["shares", "datasets"])
+def test_limit_stays_broken_after_many_runs_of_others(tmp_path: Path, others: str) -> None:
+    write(tmp_path, ["0", "1"], BAD, 50)
+    mine = f"run.share={next(i for i in (1, 2) if Share(i, 2).contains(f'{tmp_path}/in/0.tar'))}/2"
+    first = run(tmp_path, mine)
+    assert first.broken_failure_limits
+    other = record(first) | {"failures": {}, "broken_failure_limits": []}
+    if others == "shares":
+        other["config"]["run"]["share"] = "1/2" if mine.endswith("2/2") else "2/2"
+    else:
+        other["config"]["input"]["uri"] = f"{tmp_path}/other"
+    for _ in range(150):
+        name = new_run_id()
+        Storage().write(f"{first.partition.uri}/runs/{name}.json", json.dumps(other | {"run": name}).encode())
+    assert run(tmp_path, mine).broken_failure_limits == first.broken_failure_limits
 
 
 def test_shards_that_fail_again_do_not_break_a_limit_that_they_did_not_break(tmp_path: Path) -> None:

@@ -127,18 +127,18 @@ def test_limits_apply_to_the_totals_of_a_comparison() -> None:
         "images_a": 100, "images_b": 50, "psi": 0.3, "js_distance": 0.2, "score_psi": 0.1, "agreement": 0.8,
     }  # fmt: skip
     reached = {"max_psi": 0.3, "max_js": 0.2, "max_score_psi": 0.1, "min_agreement": 0.8}
-    assert limit_violations(totals, **reached) == []
+    assert limit_violations(totals, reached) == []
     broken = {"max_psi": 0.29, "max_js": 0.19, "max_score_psi": 0.09, "min_agreement": 0.81}
-    assert limit_violations(totals, **broken) == [
+    assert limit_violations(totals, broken) == [
         "PSI 0.3 is more than 0.29",
         "Jensen-Shannon distance 0.2 is more than 0.19",
         "PSI of the scores 0.1 is more than 0.09",
         "agreement 0.8 is less than 0.81",
     ]
-    assert limit_violations(totals, max_psi=0.1, min_agreement=0.9, min_images=51) == [
+    assert limit_violations(totals, {"max_psi": 0.1, "min_agreement": 0.9}, min_images=51) == [
         "agreement 0.8 is less than 0.9"
     ]
-    assert limit_violations(totals | {"psi": float("nan")}, max_psi=0.1) != []
+    assert limit_violations(totals | {"psi": float("nan")}, {"max_psi": 0.1}) != []
 
 
 def test_datasets_in_one_output_are_gated_separately(tmp_path: Path) -> None:

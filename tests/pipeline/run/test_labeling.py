@@ -174,12 +174,12 @@ def test_manifest_record_and_report_describe_the_run(formats: tuple[RunResult, l
         assert stage["bytes"] > 0
         assert 0 < stage["fraction_busy"] <= 1
     assert stages["decode"]["bytes"] == 100 * 28 * 28 * 3
-    assert record["bound_by"] == describe_bottleneck(result.stages)
+    assert record["bound_by"] == describe_bottleneck(record["stages"])
     assert record["decoder"] == "the CPU, exact"
     assert record["gpu_utilization"] is None
     assert record["timings"]["first_result"] <= record["timings"]["first_commit"]
     assert record["timings"]["ended"] == result.timings["ended"] >= record["timings"]["last_result"]
-    assert record["images_per_s"] == result.images_per_s
+    assert {name: record[name] for name in result.throughput} == result.throughput
     report = storage.read(f"{partition.uri}/report.html").decode()
     gallery = read_gallery(storage, partition.uri).to_pylist()
     samples = {(item["shard"], item["index"]) for item in gallery}

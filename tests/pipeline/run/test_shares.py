@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.commit import LeaseHeldError
+from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Selection, Share
 from pipeline.report import read_gallery
-from pipeline.run import RunResult, ShardState, label, plan_run, summaries
+from pipeline.run import Plan, PreparedRun, RunResult, ShardState, label, plan_run, summaries
 from pipeline.storage import Storage
 from tests.makers import make_image, make_parquet, make_tar
 from tests.partitions import manifest_rows
@@ -94,6 +95,50 @@ def test_image_files_that_another_input_has_labeled_are_labeled_once(
         place.labels()  # asserts that no image is labeled twice
     assert sum(map(len, place.labels().values())) == 30
     assert planned(root, "1/1", second) == []
+
+
+@pytest.fixture
+def of_parent(tmp_path: Path) -> tuple[str, str]:
+    """Root and input of images in four folders, which are labeled in groups of their parent folder."""
+    root = str(tmp_path)
+    for i in range(30):
+        Storage().write(f"{root}/in/{'abcd'[i % 4]}/{i:03d}.jpg", make_image(i))
+    run(root, None)
+    return root, f"input.uri={json.dumps([f'{root}/in/{letter}' for letter in 'abcd'])}"
+
+
+@pytest.mark.parametrize("other", ["1/2", "2/2"])
+def test_shares_that_plan_at_once_both_replace_groups_of_another_input(
+    of_parent: tuple[str, str], other: str
+) -> None:
+    """The other share removes the groups, and labels its images, after this one has planned to copy rows."""
+    (root, fields), place = of_parent, Place(of_parent[0])
+    this = "2/2" if other == "1/2" else "1/2"
+    plans = list[Plan]()
+
+    def run_other(prepared: PreparedRun) -> None:
+        plans.append(prepared.plan)
+        place.run(LABEL_NEW, fields, f"run.share={other}")
+        place.labels()  # asserts that no image is labeled twice
+
+    label(run_config(root, fields, f"run.share={this}"), on_plan=run_other)
+    assert plans[0].replaced
+    assert plans[0].shards
+    assert sum(map(len, place.labels().values())) == 30
+    assert planned(root, "1/1", fields) == []
+
+
+@pytest.mark.parametrize("share", ["1/2", "2/2"])
+def test_share_removes_the_rows_of_groups_whose_files_a_dead_share_removed(
+    of_parent: tuple[str, str], share: str
+) -> None:
+    (root, fields), storage = of_parent, Storage()
+    partition = plan_run(run_config(root)).job.partition
+    groups = {row.uri for row in manifest_rows(partition.manifest)}
+    for info in partition.prediction_files():
+        storage.delete(info.uri)
+    run(root, share, fields)
+    assert not groups & {row.uri for row in manifest_rows(partition.manifest)}
 
 
 def test_shares_end_like_one_run(mixed: str) -> None:
@@ -228,6 +273,5 @@ def test_drift_is_compared_with_the_same_share(tmp_path: Path) -> None:
     for result, i in zip(first, (1, 2), strict=True):
         again = run(root, f"{i}/2", "gate.max_psi=1000")
         assert again.statistics is not None
-        pair = summaries.find_run_pair
-        found = pair.__globals__["RunPair"].find(again.partition, None, again.run)
+        found = RunPair.find(again.partition, None, again.run)
         assert (found.previous, list(found.current)) == (result.run, [again.run])
