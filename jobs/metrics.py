@@ -32,14 +32,13 @@ def metrics(
     More exit statuses: 4 if a dataset or a share has no run yet, or its runs cannot be read (all others are
     printed).
     """
-    if (config is None) == (schedule is None):
-        raise typer.BadParameter("give --config or --schedule, not both")
-    if config is not None:
+    if config is not None and schedule is None:
         jobs = [load_job_config(config, set or ())]
-    else:
-        assert schedule is not None
+    elif schedule is not None and config is None:
         loaded = load_config(ScheduleConfig, schedule, set or (), keep_relative_paths=True)
         jobs = [dataset.job for dataset in loaded.datasets.values()]
+    else:
+        raise typer.BadParameter("give --config or --schedule, not both")
     registry, exit_status = CollectorRegistry(), console.ExitStatus.OK
 
     def gauge(name: str, text: str, *more_labels: str) -> Gauge:

@@ -97,16 +97,15 @@ def _to_sample(
     key_column = columns.get("key", _MISSING)
     if options.input.key_column is None and "key" in columns:
         key_column = pc.struct_field(key_column, "path")
-    key, problem = read_value(key_column[0])
+    key, problem = read_value(key_column[0], "key")
     sample = Sample(f"{row:09d}" if key is None else str(key), None, label_names=class_names)
     sample.carried = tuple(columns.get(f"carry {name}", _MISSING)[0] for name in options.input.carry)
     sample.error = options.size_error(image.as_buffer().size) if image.is_valid else _NO_IMAGE
     if sample.error is None and problem is not None:
-        sample.error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
+        sample.error = sample_error(ErrorCategory.INVALID_KEY, problem)
     if sample.error is None:
         sample.image = image.as_buffer().to_pybytes()
-        sample.label, problem = read_value(columns.get("label", _MISSING)[0])
-        sample.unmatched = problem and f"the label cannot be read: {problem}"
+        sample.label, sample.unmatched = read_value(columns.get("label", _MISSING)[0], "label")
     return sample
 
 
@@ -191,8 +190,8 @@ def _is_image_type(kind: pa.DataType, may_be_null: bool) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_fixed or is_null)
 
 
-def read_value(scalar: pa.Scalar) -> tuple[object, str | None]:
-    """Returns a value, with bytes as text, and why it cannot be read.
+def read_value(scalar: pa.Scalar, role: str) -> tuple[object, str | None]:
+    """Returns a value, with bytes as text, and the error of a key or label that cannot be read.
 
     Of text that is too long for a key, which no label is either, the value is the start and a hash.
     """
@@ -200,7 +199,7 @@ def read_value(scalar: pa.Scalar) -> tuple[object, str | None]:
         if not scalar.is_valid:
             return None, None
         if pa.types.is_nested(scalar.type):
-            return None, f"the type is {scalar.type}"
+            raise TypeError(f"the type is {scalar.type}")
         if not isinstance(scalar, pa.BinaryScalar):
             return scalar.as_py(), None
         buffer = scalar.as_buffer()
@@ -209,4 +208,4 @@ def read_value(scalar: pa.Scalar) -> tuple[object, str | None]:
             text += hashlib.blake2b(buffer, digest_size=16).hexdigest()
         return text, None
     except Exception as error:  # whatever the value is, it affects only its row
-        return None, str(error)
+        return None, f"the {role} cannot be read: {error}"

@@ -79,8 +79,7 @@ def row_samples(shard: Shard) -> list[Sample]:
         sample = Sample(key, None, error=error, uri=uri, version=version, label_names=class_names)
         sample.carried = tuple(column[row] for column in carried)
         if labels is not None and error is None:
-            sample.label, problem = read_value(labels[row])
-            sample.unmatched = problem and f"the label cannot be read: {problem}"
+            sample.label, sample.unmatched = read_value(labels[row], "label")
         samples.append(sample)
     return samples
 
@@ -211,12 +210,12 @@ def _to_rows(
             value = value.get("path")
         text = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value or "")
         text = text.strip()
-        key, problem = read_value(keys[row])
+        key, problem = read_value(keys[row], "key")
         uri = error = None
         if not text:
             error = sample_error(ErrorCategory.NO_IMAGE, "the row has no URI")
         elif problem is not None:
-            error = sample_error(ErrorCategory.INVALID_KEY, f"the value cannot be a key: {problem}")
+            error = sample_error(ErrorCategory.INVALID_KEY, problem)
         else:
             try:
                 uri = resolve_uri(text, file.folder)
