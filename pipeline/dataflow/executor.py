@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.config import IN_PROCESS, RayConfig
 from pipeline.dataflow.ray_cluster import LOCAL, ray_address, ray_cluster
-from pipeline.dataflow.resources import ResourceRequest, Resources
-from pipeline.dataflow.stages import Stages
-from pipeline.read import Chunk, Shard
 
 if TYPE_CHECKING:
-    from pipeline.dataflow.metrics import RunMetrics
+    from pipeline.dataflow.local_executor import LocalExecutor
+    from pipeline.dataflow.ray_executor import RayExecutor
 
 
-class Executor(Protocol):
-    """Runs the stages of a labeling run."""
-
-    def resources(self, request: ResourceRequest) -> Resources:
-        """Returns the CPUs, GPUs and memory of each stage.
-
-        Raises:
-            ConfigError: the request does not fit the available resources.
-        """
-
-    def label(
-        self, shards: Sequence[Shard], stages: Stages, resources: Resources
-    ) -> Generator[Chunk, None, None]:
-        """Yields the labeled chunks of all shards, without pixels, in any order."""
-
-    def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> RunMetrics | None:
-        """Returns the live metrics of a run that labels `planned` shards; None if there are none."""
+#: Runs the stages of a labeling run.
+Executor: TypeAlias = "LocalExecutor | RayExecutor"
 
 
 def without_cluster(settings: RayConfig) -> bool:

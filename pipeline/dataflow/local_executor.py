@@ -46,11 +46,7 @@ class LocalExecutor:
         self, shards: Sequence[Shard], stages: Stages, resources: Resources
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, in any order."""
-        run = _Run(shards, stages, resources)
-        try:
-            yield from run.results()
-        finally:
-            run.stop()
+        yield from _Run(shards, stages, resources).chunks()
 
     def metrics(self, dataset: str, model: str, planned: int, batch_size: int) -> None:
         """Returns None: metrics need Ray."""
@@ -81,25 +77,24 @@ class _Run:
         for thread in self._threads:
             thread.start()
 
-    def results(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """Yields labeled chunks until all threads have ended; raises the first exception of a thread."""
         running = len(self._threads)
-        while running:
-            result = self._results.get()
-            if isinstance(result, BaseException):
-                raise result
-            if result is None:
-                running -= 1
-            else:
-                yield result
-
-    def stop(self) -> None:
-        """Stops the threads; each finishes its chunk, whose result is discarded."""
-        self._stopped = True
-        deadline = time.monotonic() + _JOIN_TIMEOUT_S
-        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
-            with suppress(queue.Empty):
-                self._results.get(timeout=0.05)
+        try:
+            while running:
+                result = self._results.get()
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
+                    running -= 1
+                else:
+                    yield result
+        finally:  # each thread finishes its chunk, whose result is discarded
+            self._stopped = True
+            deadline = time.monotonic() + _JOIN_TIMEOUT_S
+            while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
+                with suppress(queue.Empty):
+                    self._results.get(timeout=0.05)
 
     def _work(self, number: int) -> None:
         try:

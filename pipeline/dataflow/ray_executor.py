@@ -43,6 +43,8 @@ def _on_this_node() -> dict[str, Any]:
 
 #: Reads numbered shards to blocks in a read task.
 ShardReader = Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]]
+#: Called with the id of an actor whose classifier has started.
+Join = Callable[[Any], object] | None
 
 
 class AttemptLimit:
@@ -80,6 +82,7 @@ class ShardSource(Datasource):
         super().__init__()  # type: ignore[no-untyped-call]
         self._plan, self._read = plan, read
         self._shards_per_task = max(shards_per_task, math.ceil(len(plan) / MAX_READ_TASKS))
+        self.tasks = math.ceil(len(plan) / self._shards_per_task)
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Returns None: the size is unknown before reading."""
@@ -99,11 +102,6 @@ class ShardSource(Datasource):
             ReadTask(partial(self._read, numbered[start : start + size]), metadata)
             for start in range(0, len(numbered), size)
         ]
-
-    @property
-    def tasks(self) -> int:
-        """Number of read tasks."""
-        return math.ceil(len(self._plan) / self._shards_per_task)
 
 
 def _read_taken(
@@ -177,11 +175,7 @@ class _ClassifierActor:
     """Holds a classifier during the run."""
 
     def __init__(
-        self,
-        stages: ray.ObjectRef[Stages],
-        resources: Resources,
-        limit: AttemptLimit,
-        join: Callable[[Any], object] | None,
+        self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit, join: Join
     ) -> None:
         hide_pillow_warnings()  # of the GPU decoder
         classifier = ray.get(stages).make_classifier(resources)
@@ -281,11 +275,7 @@ def _join_executions() -> None:
 
 
 def _label_source(
-    source: ShardSource,
-    stages: Stages,
-    resources: Resources,
-    limit: AttemptLimit,
-    join: Callable[[Any], object] | None,
+    source: ShardSource, stages: Stages, resources: Resources, limit: AttemptLimit, join: Join
 ) -> Dataset:
     """Returns the labeled chunks of a source, by one pool of classifiers, each of which calls `join`."""
     chunks = ray.data.read_datasource(
