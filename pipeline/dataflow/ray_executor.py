@@ -47,29 +47,20 @@ ShardReader = Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]]
 Join = Callable[[Any], object] | None
 
 
-class AttemptLimit:
-    """Limits the attempts at a piece of work that kills its workers; needs a connection to Ray."""
+def count_attempts(max_attempts: int) -> Any:
+    """Returns an actor of `Attempts`, whose process runs until `ray.kill`."""
+    remote = ray.remote(**_on_this_node(), max_restarts=-1, max_task_retries=-1)
+    return remote(Attempts).remote(max_attempts)
 
-    def __init__(self, max_attempts: int) -> None:
-        remote = ray.remote(**_on_this_node(), max_restarts=-1, max_task_retries=-1)
-        self._attempts: Any = remote(Attempts).remote(max_attempts)
 
-    def close(self) -> None:
-        """Stops the process of the counter."""
-        ray.kill(self._attempts)
-
-    @contextmanager
-    def attempt(self, work: str) -> Iterator[Attempt]:
-        """Counts an attempt at a piece of work. Work with an error is never finished: it keeps its error."""
-        worker = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
-        attempt: Attempt = ray.get(self._attempts.start.remote(work, worker))
-        yield attempt
-        if attempt.error is None:
-            self._attempts.finish.remote(work)
-
-    def add_result(self, work: str, number: int) -> None:
-        """Records that the result with this number, from 1, is about to be delivered."""
-        ray.get(self._attempts.add_result.remote(work, number))
+@contextmanager
+def _attempt(attempts: Any, work: str) -> Iterator[Attempt]:
+    """Counts an attempt at a piece of work. Work with an error is never finished: it keeps its error."""
+    worker = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+    attempt: Attempt = ray.get(attempts.start.remote(work, worker))
+    yield attempt
+    if attempt.error is None:
+        attempts.finish.remote(work)
 
 
 class ShardSource(Datasource):
@@ -115,18 +106,18 @@ def _read_taken(
 
 
 def read_shards(
-    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
+    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], attempts: Any
 ) -> Iterator[pa.Table]:
     """Reads shards one after another. A shard that kills its workers becomes an error."""
     read = ray.get(step)
     for number, shard in shards:
         work = f"reading shard {number} of the plan"
-        with limit.attempt(work) as attempt:
+        with _attempt(attempts, work) as attempt:
             chunks = read([(number, shard)])
             if attempt.error is not None:
                 chunks = iter([failed_chunk(Chunk(number, 0, NO_SAMPLES), attempt.error)])
             for count, chunk in enumerate(_repeat_last(chunks, attempt.results), start=1):
-                limit.add_result(work, count)
+                ray.get(attempts.add_result.remote(work, count))
                 yield chunk.to_block()
 
 
@@ -142,50 +133,51 @@ def _repeat_last(chunks: Iterator[Chunk], results: int) -> Iterator[Chunk]:
 
 
 def read_shards_in_turn(
-    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], limit: AttemptLimit
+    shards: Sequence[tuple[int, Shard]], step: ray.ObjectRef[ReadStep], attempts: Any
 ) -> Iterator[pa.Table]:
     """Yields a chunk of each shard in turn."""
-    for blocks in zip_longest(*(read_shards([shard], step, limit) for shard in shards)):
+    for blocks in zip_longest(*(read_shards([shard], step, attempts) for shard in shards)):
         yield from (block for block in blocks if block is not None)
 
 
 def _process(
-    block: pa.Table, step: Callable[[Chunk, Attempt], Chunk], limit: AttemptLimit, action: str
+    block: pa.Table, step: Callable[[Chunk, Attempt], Chunk], attempts: Any, action: str
 ) -> Iterator[pa.Table]:
     """Processes a chunk. A chunk that kills its workers becomes the error of its shard."""
     for chunk in Chunk.from_block(block):
-        with limit.attempt(f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}") as attempt:
+        work = f"{action} shard {chunk.shard} of the plan, from sample {chunk.start}"
+        with _attempt(attempts, work) as attempt:
             if attempt.error is not None and chunk.error is None:
                 chunk = failed_chunk(chunk, attempt.error)
             result = step(chunk, attempt).to_block()
         yield result
 
 
-def decode_block(block: pa.Table, options: DecodeOptions, limit: AttemptLimit) -> Iterator[pa.Table]:
+def decode_block(block: pa.Table, options: DecodeOptions, attempts: Any) -> Iterator[pa.Table]:
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
 
     def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
         # After the first attempt: an image may have killed the worker.
         return decode_chunk(chunk, options, decode_or_die if attempt.number == 1 else decode_in_child)
 
-    return _process(block, decode, limit, "decoding")
+    return _process(block, decode, attempts, "decoding")
 
 
 class _ClassifierActor:
     """Holds a classifier during the run."""
 
     def __init__(
-        self, stages: ray.ObjectRef[Stages], resources: Resources, limit: AttemptLimit, join: Join
+        self, stages: ray.ObjectRef[Stages], resources: Resources, attempts: Any, join: Join
     ) -> None:
         hide_pillow_warnings()  # of the GPU decoder
         classifier = ray.get(stages).make_classifier(resources)
         self._step = partial(classify_or_die, classifier=classifier)
-        self._limit = limit
+        self._attempts = attempts
         if join is not None:
             join(ray.get_runtime_context().get_actor_id())
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        return _process(block, self._step, self._limit, "classifying")
+        return _process(block, self._step, self._attempts, "classifying")
 
 
 def classify_or_die(chunk: Chunk, attempt: Attempt, classifier: Classifier) -> Chunk:
@@ -224,18 +216,19 @@ class RayExecutor:
         """Yields the labeled chunks of all shards, in any order."""
         settings = self._settings
         _set_context(settings, stages.max_attempt_seconds)
-        limit = AttemptLimit(settings.task_retries + 1)
+        attempts = count_attempts(settings.task_retries + 1)
         pools = (resources, *resources.helpers)
         queue: Any = None
         if resources.helpers:
             queue = ray.remote(**_on_this_node())(ShardQueue).remote(shards, len(pools))
         labeled = []
         for number, pool in enumerate(pools):
-            join, read = None, partial(read_shards, step=ray.put(stages.make_read_step(pool)), limit=limit)
+            step = ray.put(stages.make_read_step(pool))
+            join, read = None, partial(read_shards, step=step, attempts=attempts)
             if queue is not None:
                 join = partial(queue.join.remote, number)
                 read = partial(_read_taken, queue=queue, pool=number, read=read)
-            labeled.append(_label_source(ShardSource(shards, read), stages, pool, limit, join))
+            labeled.append(_label_source(ShardSource(shards, read), stages, pool, attempts, join))
         # Prefetching would delay each result until the next one has arrived.
         blocks: Any = iter(
             reduce(Dataset.union, labeled).iter_batches(
@@ -258,7 +251,7 @@ class RayExecutor:
         finally:
             blocks.close()
             _join_executions()
-            limit.close()
+            ray.kill(attempts)
             if queue is not None:
                 ray.kill(queue)
 
@@ -275,7 +268,7 @@ def _join_executions() -> None:
 
 
 def _label_source(
-    source: ShardSource, stages: Stages, resources: Resources, limit: AttemptLimit, join: Join
+    source: ShardSource, stages: Stages, resources: Resources, attempts: Any, join: Join
 ) -> Dataset:
     """Returns the labeled chunks of a source, by one pool of classifiers, each of which calls `join`."""
     chunks = ray.data.read_datasource(
@@ -290,14 +283,14 @@ def _label_source(
             decode_block,
             batch_size=None,
             batch_format="pyarrow",
-            fn_args=(stages.decode_options, limit),
+            fn_args=(stages.decode_options, attempts),
             num_cpus=resources.decode_cpus,
             memory=resources.decode_memory,
         )
     labeled: Dataset = chunks.map_batches(
         _ClassifierActor,
         # Put once, so that the weights cross the network once per node and not once per actor.
-        fn_constructor_args=(ray.put(stages), resources, limit, join),
+        fn_constructor_args=(ray.put(stages), resources, attempts, join),
         batch_size=1,  # a chunk; with GPUs, Ray refuses None
         batch_format="pyarrow",
         compute=ActorPoolStrategy(

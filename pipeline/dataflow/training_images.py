@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import ray
 from ray.data import DataContext, Dataset
 from ray.util.queue import Queue
 
-from pipeline.dataflow.ray_executor import AttemptLimit, ShardSource, decode_block, read_shards_in_turn
+from pipeline.dataflow.ray_executor import ShardSource, decode_block, read_shards_in_turn
 from pipeline.dataflow.stages import read_step
 from pipeline.decode import DecodeOptions
 from pipeline.read import Chunk, ReadOptions, Shard
@@ -29,6 +30,7 @@ class TrainingImages:
     """The samples with a target of some shards: columns `image`, uint8 (size * size * 3), and `target`.
 
     Attributes:
+        attempts: an actor of `count_attempts`.
         counts: an empty queue, which is empty again after `load`.
         block_images: number of images of a block, the unit in which cached images are shuffled.
         usable: number of samples in the datasets.
@@ -39,7 +41,7 @@ class TrainingImages:
     storage: Storage
     read_options: ReadOptions
     decode_options: DecodeOptions
-    limit: AttemptLimit
+    attempts: Any
     counts: Queue
     block_images: int = 512
     usable: int = 0
@@ -79,7 +81,7 @@ class TrainingImages:
         shards = random.Random(seed).sample(self.shards, len(self.shards))
         per_task = math.ceil(len(shards) / math.ceil(len(shards) / _SHARDS_PER_READ))
         source = ShardSource(
-            shards, partial(read_shards_in_turn, step=ray.put(read), limit=self.limit), per_task
+            shards, partial(read_shards_in_turn, step=ray.put(read), attempts=self.attempts), per_task
         )
         # Reading is fast compared to decoding, and each concurrent task is a process.
         readers = min(source.tasks, max(2, int(ray.cluster_resources().get("CPU", 1)) // 4))
@@ -91,19 +93,19 @@ class TrainingImages:
                 _labeled_rows,
                 batch_size=None,
                 batch_format="pyarrow",
-                fn_args=(self.decode_options, self.limit, counts),
+                fn_args=(self.decode_options, self.attempts, counts),
                 num_cpus=0.5,
             )
         return rows
 
 
-def _labeled_rows(
-    block: pa.Table, options: DecodeOptions, limit: AttemptLimit, counts: Queue | None
-) -> pa.Table:
+def _labeled_rows(block: pa.Table, options: DecodeOptions, attempts: Any, counts: Queue | None) -> pa.Table:
     """Decodes chunks; raises if a shard cannot be read, unless `counts` gets the error."""
     size = options.preprocessor.size
     images, targets = [np.empty((0, size, size, 3), np.uint8)], [pa.array([], pa.int32())]
-    for chunk in (chunk for done in decode_block(block, options, limit) for chunk in Chunk.from_block(done)):
+    for chunk in (
+        chunk for done in decode_block(block, options, attempts) for chunk in Chunk.from_block(done)
+    ):
         if chunk.error is not None and counts is None:
             raise ValueError(chunk.error)
         assert isinstance(chunk.pixels, np.ndarray)

@@ -34,7 +34,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from cvt.checkpoints import save_checkpoint
 from pipeline.config import ConfigError, OptimizationConfig, ReadConfig
-from pipeline.dataflow.ray_executor import AttemptLimit
+from pipeline.dataflow.ray_executor import count_attempts
 from pipeline.dataflow.training_images import TrainingImages
 from pipeline.decode import DecodeOptions
 from pipeline.read import ReadOptions
@@ -58,8 +58,8 @@ def train(
 ) -> TrainResult:
     """Trains a model, or resumes an interrupted training, as `train_model` does. Ray must be connected."""
     config, workers = prepared.config, prepared.config.workers
-    events, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(max_attempts=4)
-    images = {name: _load_images(prepared, name, limit, events) for name in prepared.shards}
+    events, attempts = Queue(actor_options={"num_cpus": 0}), count_attempts(4)
+    images = {name: _load_images(prepared, name, attempts, events) for name in prepared.shards}
     if not (steps := images["train"].usable // config.images_per_step):
         raise ConfigError(
             f"train.uri: too few images with a target for a step, which needs {config.images_per_step}: add "
@@ -108,10 +108,10 @@ def train(
     finally:
         events.shutdown(force=True)  # a worker that is still running fails when it reports next
         thread.join(5)
-        limit.close()
+        ray.kill(attempts)
 
 
-def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, queue: Queue) -> TrainingImages:
+def _load_images(prepared: PreparedTraining, name: str, attempts: Any, queue: Queue) -> TrainingImages:
     """Decodes the images of a section once, and reports which of them cannot be used.
 
     Raises `ConfigError` if they are too many, and `StorageError` if a shard cannot be read.
@@ -124,7 +124,7 @@ def _load_images(prepared: PreparedTraining, name: str, limit: AttemptLimit, que
         prepared.storage,
         ReadOptions(section, ReadConfig(concurrent_fetches=1, chunk_bytes=4 * 1024**2), labels),
         DecodeOptions(preprocessor, section.max_image_pixels),
-        limit,
+        attempts,
         queue,
     )
     logger.info("%s: decoding the images of %s", name, pluralize(len(images.shards), "shard"))

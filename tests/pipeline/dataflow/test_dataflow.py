@@ -4,9 +4,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -295,17 +295,14 @@ def test_each_shard_is_read_by_one_task_and_tasks_are_limited(count: int) -> Non
     assert read == list(range(count))
 
 
-class LocalLimit:
-    """A limit on attempts without Ray."""
+class LocalAttempts:
+    """An actor of `Attempts` without Ray."""
 
     def __init__(self) -> None:
-        self.attempts = Attempts(max_attempts=4)
-        self.add_result = self.attempts.add_result
+        self._attempts = Attempts(max_attempts=4)
 
-    @contextmanager
-    def attempt(self, work: str) -> Iterator[Attempt]:
-        yield self.attempts.start(work, "process 1")
-        self.attempts.finish(work)
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._attempts, name))
 
 
 def read_numbered(shards: Sequence[tuple[int, Shard]], failing: set[int]) -> Iterator[Chunk]:
@@ -324,10 +321,10 @@ def test_failed_retry_of_a_read_loses_no_chunk_and_no_error(
     failing: set[int], delivered: int, shards_per_task: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "get", lambda value: value)
-    limit, unavailable = LocalLimit(), set[int]()
+    attempts, unavailable = LocalAttempts(), set[int]()
     step = partial(read_numbered, failing=unavailable)
     read_plan: Any = read_shards if shards_per_task == 1 else read_shards_in_turn
-    source = ShardSource(plan(3), partial(read_plan, step=step, limit=limit), shards_per_task)
+    source = ShardSource(plan(3), partial(read_plan, step=step, attempts=attempts), shards_per_task)
     read = partial(source._read, list(enumerate(plan(3))))
     arrived: list[pa.Table] = []
     for death, unavailable_now in enumerate((set[int](), failing, set[int]())):

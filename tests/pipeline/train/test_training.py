@@ -29,7 +29,7 @@ from jobs.train import train as train_command
 from pipeline import open_partition
 from pipeline.classify.checkpoint import open_checkpoint
 from pipeline.config import ConfigError, TrainConfig, load_config
-from pipeline.dataflow.ray_executor import AttemptLimit
+from pipeline.dataflow.ray_executor import count_attempts
 from pipeline.dataflow.training_images import TrainingImages
 from pipeline.decode import DecodeOptions
 from pipeline.read import ReadOptions, list_input_shards
@@ -277,9 +277,9 @@ def test_seed_and_epoch_determine_a_mixed_order_of_all_images(
     model = make_training_model(settings)
     shards = list_input_shards(Storage(), settings.train, "train.uri")
     options = ReadOptions(settings.train, class_names=[*model.model.config.id2label.values()])
-    queue, limit = Queue(actor_options={"num_cpus": 0}), AttemptLimit(1)
+    queue, attempts = Queue(actor_options={"num_cpus": 0}), count_attempts(1)
     images = TrainingImages(
-        shards, Storage(), options, DecodeOptions(model.preprocessor, 1000), limit, queue, block_images
+        shards, Storage(), options, DecodeOptions(model.preprocessor, 1000), attempts, queue, block_images
     )
     assert images.load(cache) == []
     assert (images.usable, images.skipped.total()) == (500, 0)
