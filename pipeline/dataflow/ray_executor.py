@@ -24,7 +24,7 @@ from pipeline.dataflow.metrics import RunMetrics
 from pipeline.dataflow.resources import ResourceRequest, Resources, choose_pools, matches
 from pipeline.dataflow.shard_queue import ShardQueue
 from pipeline.dataflow.stages import Classifier, ReadStep, Stages, call_after
-from pipeline.decode import DecodeOptions, decode_chunk, hide_pillow_warnings
+from pipeline.decode import CHUNK_TIMEOUTS, DecodeOptions, decode_chunk, hide_pillow_warnings
 from pipeline.decode.isolated import decode_in_child, decode_or_die
 from pipeline.read import NO_SAMPLES, Chunk, Shard, failed_chunk
 
@@ -215,7 +215,7 @@ class RayExecutor:
     ) -> Generator[Chunk, None, None]:
         """Yields the labeled chunks of all shards, in any order."""
         settings = self._settings
-        _set_context(settings, stages.max_attempt_seconds)
+        _set_context(settings, stages)
         attempts = count_attempts(settings.task_retries + 1)
         pools = (resources, *resources.helpers)
         queue: Any = None
@@ -308,14 +308,15 @@ def _label_source(
     return labeled
 
 
-def _set_context(settings: RayConfig, max_attempt_seconds: float) -> None:
+def _set_context(settings: RayConfig, stages: Stages) -> None:
     context = DataContext.get_current()
     # Ray Data must not merge or split blocks: each block is one chunk.
     context.target_max_block_size = 1
     # Without dropped blocks, no label is lost in a run that succeeds.
     context.max_errored_blocks = 0
     # A chunk whose every attempt takes too long must not end the job.
-    all_attempts = (settings.task_retries + 1) * max_attempt_seconds
+    attempt = CHUNK_TIMEOUTS * stages.decode.timeout_s + stages.classify.timeout_s
+    all_attempts = (settings.task_retries + 1) * attempt
     context.execution_no_progress_timeout_s = max(settings.no_progress_timeout_s, all_attempts)
     # A machine that is removed while an actor starts there must not end the job.
     context.max_consecutive_actor_init_deaths = settings.actor_start_retries

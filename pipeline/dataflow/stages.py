@@ -14,7 +14,7 @@ from pipeline.classify import Thumbnails, classify
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReportConfig
 from pipeline.dataflow.gpu_meter import GpuMeter
 from pipeline.dataflow.resources import Resources
-from pipeline.decode import CHUNK_TIMEOUTS, DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.predictions import PredictionOptions
 from pipeline.read import Chunk, ReadOptions, Shard, read_samples, split_into_chunks
 from pipeline.statistics import CLASSIFY, STORAGE, StageTimer
@@ -80,11 +80,6 @@ class Stages:
         """How the second stage decodes."""
         max_pixels, is_fast = self.read_options.input.max_image_pixels, self.decode.quality == "fast"
         return DecodeOptions(self.checkpoint.preprocessor, max_pixels, is_fast, self.decode.timeout_s)
-
-    @property
-    def max_attempt_seconds(self) -> float:
-        """Maximum seconds of an attempt at a chunk, which is decoded and classified."""
-        return CHUNK_TIMEOUTS * self.decode.timeout_s + self.classify.timeout_s
 
 
 class Classifier:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,7 @@ def _labeled_rows(block: pa.Table, options: DecodeOptions, attempts: Any, counts
     """Decodes chunks; raises if a shard cannot be read, unless `counts` gets the error."""
     size = options.preprocessor.size
     images, targets = [np.empty((0, size, size, 3), np.uint8)], [pa.array([], pa.int32())]
-    for chunk in (
-        chunk for done in decode_block(block, options, attempts) for chunk in Chunk.from_block(done)
-    ):
+    for chunk in chain.from_iterable(map(Chunk.from_block, decode_block(block, options, attempts))):
         if chunk.error is not None and counts is None:
             raise ValueError(chunk.error)
         assert isinstance(chunk.pixels, np.ndarray)

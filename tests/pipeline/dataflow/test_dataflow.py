@@ -371,9 +371,10 @@ def test_retry_of_a_classifier_decodes_images_in_a_child_process() -> None:
 
 
 def test_no_progress_limit_covers_all_attempts_at_a_chunk() -> None:
+    stages: Any = SimpleNamespace(decode=DecodeConfig(timeout_s=5), classify=ClassifyConfig(timeout_s=50))
     with DataContext.current(DataContext.get_current().copy()):
         for no_progress, limit in ((60, 200), (300, 300)):
-            _set_context(RayConfig(task_retries=1, no_progress_timeout_s=no_progress), 100)
+            _set_context(RayConfig(task_retries=1, no_progress_timeout_s=no_progress), stages)
             assert DataContext.get_current().execution_no_progress_timeout_s == limit
 
 
