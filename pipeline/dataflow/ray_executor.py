@@ -155,6 +155,7 @@ def _process(
 
 def decode_block(block: pa.Table, options: DecodeOptions, attempts: Any) -> Iterator[pa.Table]:
     """Decodes; Ray shows the name of this function in its dashboard and in process titles."""
+    hide_pillow_warnings()
 
     def decode(chunk: Chunk, attempt: Attempt) -> Chunk:
         # After the first attempt: an image may have killed the worker.

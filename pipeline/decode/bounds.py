@@ -26,7 +26,7 @@ MAX_EXIF_BYTES = 4 << 20
 
 #: Maximum work for a block of a JPEG: bytes of the block times pixels of the image. A scan processes all
 #: pixels, and can have few bytes. The deadline is checked before each block.
-_MAX_BLOCK_WORK = 1 << 36
+MAX_BLOCK_WORK = 1 << 36
 
 _JPEG_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xda-\xfe]")
 
@@ -67,7 +67,7 @@ def open_image(reader: Callable[[Any], _File], data: bytes, deadline: DecodeDead
         _check_parts(sum(1 for _ in _JPEG_SEGMENT.finditer(data)))
     file = reader(TimedFile(io.BytesIO(data), deadline))
     if is_jpeg:
-        file.decodermaxblock = max(512, _MAX_BLOCK_WORK // (file.width * file.height))
+        file.decodermaxblock = max(512, MAX_BLOCK_WORK // (file.width * file.height))
     return file
 
 

@@ -31,7 +31,6 @@ _own = threading.local()
 
 def decode_or_die(data: bytes, options: DecodeOptions) -> Decoded:
     """Decodes as `decode` does. SIGPROF ends this process if the decoder hangs. Needs a POSIX system."""
-    hide_pillow_warnings()
     signal.setitimer(signal.ITIMER_PROF, options.timeout_s + _GRACE_S)
     try:
         return decode(data, options)
@@ -92,6 +91,7 @@ def _describe_end(status: int, timeout_s: float) -> str:
 def serve(file_descriptor: int) -> None:
     """Decodes images that arrive through a connection, until the connection ends."""
     child_decoders.clear()
+    hide_pillow_warnings()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the parent ends this process
     connection = Connection(file_descriptor)
     with suppress(OSError):  # if memory is short, the kernel kills this process, not its parent

@@ -24,7 +24,7 @@ from transformers.image_utils import load_image
 from cvt.preprocessing import Preprocessor
 from pipeline.decode import DecodeOptions, decode, decode_chunk
 from pipeline.decode.bounds import DecodeDeadline
-from pipeline.decode.cpu import MAX_SIDE, Decoded
+from pipeline.decode.cpu import MAX_SIDE, Decoded, _decode_directly
 from pipeline.predictions import ErrorCategory, sample_error
 from pipeline.read import Chunk
 from pipeline.text import MAX_LINE_LENGTH, single_line
@@ -635,6 +635,30 @@ def test_damaged_bytes_never_raise_and_give_the_same_error(name: str) -> None:
         first, second = decoded(bytes(data)), decoded(bytes(data))
         assert first[1:] == second[1:]
         np.testing.assert_array_equal(first.pixels, second.pixels)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [("PNG", "L"), ("PNG", "LA"), ("PNG", "RGB"), ("PNG", "RGBA"), ("JPEG", "L"), ("JPEG", "RGB")],
+)
+def test_usual_image_has_the_outcome_of_pillows_reader(
+    format: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = encode(picture(mode, (28, 27)), format)
+    assert _decode_directly(format, good, DecodeOptions(PREPROCESSOR, LIMIT)) is not None
+    chance = random.Random(format + mode)
+    images = [good, good[:-1], good + b"\0"]
+    for _ in range(150):
+        data = bytearray(good)
+        start = chance.randrange(chance.choice([64, len(good)]))
+        data[start : start + chance.randrange(2)] = chance.randbytes(chance.randrange(3))
+        images.append(bytes(data))
+    outcomes = [decoded(data) for data in images]
+    monkeypatch.setattr("pipeline.decode.cpu._decode_directly", lambda *_: None)
+    for data, outcome in zip(images, outcomes, strict=True):
+        expected = decoded(data)
+        assert outcome[1:] == expected[1:]
+        np.testing.assert_array_equal(outcome.pixels, expected.pixels)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
