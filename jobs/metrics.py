@@ -45,7 +45,9 @@ def metrics(
         labels = "dataset", "model", "share", *more_labels
         return Gauge(f"cvt_label_last_run_{name}", text, labels, registry=registry)
 
-    status = gauge("status", "1; the label is the status of the run record, or another.", "status")
+    status = gauge(
+        "status", "1; the label is the status in the run record, limit_exceeded or unknown.", "status"
+    )
     #: By field of the run record.
     gauges = {
         "started_at": gauge("start_timestamp_seconds", "Start of the last run."),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from math import gcd, lcm
 from typing import Any
 
+_MAX_COUNT = 10_000  # of a share that is computed: the divisions of two runs may have no common divisor
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -44,10 +46,13 @@ class Share:
         return (self.index - other.index) % gcd(self.count, other.count) == 0
 
     def without(self, other: Share) -> list[Share]:
-        """Returns the shares that have the names of this share that are not in the other one."""
-        if not self.overlaps(other):
-            return [self]
+        """Returns the shares that have the names of this share that are not in the other one.
+
+        If these are shares of more than 10,000, returns this share.
+        """
         count = lcm(self.count, other.count)
+        if count > _MAX_COUNT or not self.overlaps(other):
+            return [self]
         parts = (Share(index, count) for index in range(self.index, count + 1, self.count))
         return [part for part in parts if not part.overlaps(other)]
 

@@ -146,6 +146,16 @@ def test_each_share_has_its_last_run(tmp_path: Path, runs: list[str], last: dict
     assert found == expected
 
 
+def test_divisions_without_a_common_divisor_are_compared_at_once(tmp_path: Path) -> None:
+    write_shares(tmp_path, "1/1 complete", "1/9973 complete", "1/9967 complete")
+    found = parse(invoke(metrics, "--config", write_config(tmp_path)).stdout)
+    assert [name for name in found if name.startswith("status")] == [
+        "status m-ffffffff 1/9967 complete",
+        "status m-ffffffff 1/9973 complete",
+        "status m-ffffffff complete",
+    ]
+
+
 def test_share_without_a_run_is_unknown(tmp_path: Path) -> None:
     write_shares(tmp_path, "1/3 complete", "3/3 complete")
     done = invoke(metrics, "--config", write_config(tmp_path), status=4)
