@@ -35,16 +35,15 @@ _JOIN_TIMEOUT_S = 60.0
 #: Maximum number of read tasks. With more shards, a task reads several, which keeps Ray's planning fast.
 MAX_READ_TASKS = 10_000
 
-
-def _on_this_node() -> dict[str, Any]:
-    """Returns options of an actor on the driver's node, so that the loss of another node keeps its state."""
-    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
-
-
 #: Reads numbered shards to blocks in a read task.
 ShardReader = Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]]
 #: Called with the id of an actor whose classifier has started.
 Join = Callable[[Any], object] | None
+
+
+def _on_this_node() -> dict[str, Any]:
+    """Returns options of an actor on the driver's node, so that the loss of another node keeps its state."""
+    return {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
 
 
 def count_attempts(max_attempts: int) -> Any:
