@@ -51,9 +51,10 @@ class CvtConvEmbeddings(nn.Module):
         self.normalization = nn.LayerNorm(config.embed_dim[stage])
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embeds an image (B, C_in, H_in, W_in) as (B, C, H, W)."""
+        """Embeds an image (B, C_in, H_in, W_in) as (B, H, W, C)."""
         image = self.projection(image.contiguous(memory_format=torch.channels_last))
-        return self.normalization(image.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # Not `image.permute(0, 2, 3, 1)`: OpenVINO is slower at normalizing four dimensions.
+        return self.normalization(_to_tokens(image)).unflatten(1, image.shape[2:])
 
 
 class CvtSelfAttention(nn.Module):
@@ -90,7 +91,8 @@ class CvtSelfAttention(nn.Module):
 
     def forward(self, hidden_state: Tensor, height: int, width: int) -> Tensor:
         """Maps (B, T, C) to (B, T, C). T is H*W, plus 1 if there is a class token, which comes first."""
-        cls_token, tokens = hidden_state.split([int(self.with_cls_token), height * width], dim=1)
+        first = int(self.with_cls_token)
+        cls_token, tokens = hidden_state[:, :first], hidden_state[:, first:]
         image = _to_image(tokens, height, width)
 
         def project(convolution: nn.Module, linear: nn.Module) -> Tensor:
@@ -182,9 +184,9 @@ class CvtStage(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Maps (B, C_in, H_in, W_in) to (B, C, H, W) and the class token, (B, 1, C) or None."""
-        image = self.embedding(image)
-        height, width = image.shape[-2:]
-        hidden_state = _to_tokens(image)
+        embedded = self.embedding(image)
+        height, width = embedded.shape[1:3]
+        hidden_state = embedded.flatten(1, 2)
         if self.cls_token is not None:
             cls_token = self.cls_token.expand(image.shape[0], -1, -1)
             hidden_state = torch.cat((cls_token, hidden_state), dim=1)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import queue
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
 from cvt.inference.network import InferenceNetwork, Result
-from cvt.inference.openvino_graph import FeatureGraph
 from cvt.runtimes import OPENVINO_MISSING
 
 #: Maximum number of images in an inference request. More images of a small model are no faster.
@@ -62,7 +63,7 @@ class OpenVinoRuntime:
         part_size: int,
         threads: int,
     ) -> None:
-        openvino, core = import_openvino(), _core()
+        core = _core()
         capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision not in _HINTS or (precision == "bf16" and "BF16" not in capabilities):
             raise ValueError(f"runtime 'openvino' does not support precision {precision!r} on this CPU")
@@ -70,7 +71,7 @@ class OpenVinoRuntime:
         self._classifier = network.model.classifier
         rounds = -(-batch_size // (min(part_size, _MAX_REQUEST_SIZE) * threads))
         self._request_size = -(-batch_size // (rounds * threads))
-        graph = FeatureGraph(openvino, network, (self._request_size, *image_shape))
+        features = _convert(network, (self._request_size, *image_shape))
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": threads,
@@ -78,7 +79,7 @@ class OpenVinoRuntime:
             # Each process would pin its threads to the same first cores, also with several classifiers.
             "ENABLE_CPU_PINNING": False,
         }
-        compiled = core.compile_model(graph.model, "CPU", options)
+        compiled = core.compile_model(features, "CPU", options)
         self._requests = queue.SimpleQueue[Any]()
         for _ in range(threads):
             self._requests.put(compiled.create_infer_request())
@@ -103,3 +104,25 @@ class OpenVinoRuntime:
             return np.array(request.infer([padded])[0][:count])
         finally:
             self._requests.put(request)
+
+
+def _convert(network: InferenceNetwork, shape: tuple[int, int, int, int]) -> Any:
+    """Converts the features of the network, for images of `shape`, to a model of OpenVINO."""
+    for module in network.modules():
+        if isinstance(module, nn.AvgPool2d):
+            module.register_forward_hook(_pool_average)
+    example = torch.zeros((1, *shape[1:]), dtype=torch.uint8)
+    with torch.inference_mode(), warnings.catch_warnings():
+        # PyTorch prefers `torch.export` to traces, but exporting takes ten times as long.
+        warnings.simplefilter("ignore")
+        # A function, in whose trace weights are constants. Tracing a module takes twice as long.
+        traced = torch.jit.trace(lambda pixels: network.embed(pixels), example, check_trace=False)
+        return import_openvino().convert_model(traced, input=list(shape), example_input=example)
+
+
+def _pool_average(pool: nn.AvgPool2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Returns `output`, computed without padding: with padding, OpenVINO's values differ at the edges."""
+    options: dict[str, Any] = {"ceil_mode": True, "count_include_pad": False}
+    padded = F.pad(inputs[0], [pool.padding] * 4)  # type: ignore[list-item]
+    averages = F.avg_pool2d(padded, pool.kernel_size, pool.stride, **options)
+    return averages[:, :, : output.shape[2], : output.shape[3]]
