@@ -22,6 +22,7 @@ _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}
 _JPEG_FRAME = b"\xff\xc0"
 _JPEG_SEGMENTS = _JPEG_FRAME, b"\xff\xe0", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd"
 _JPEG_MODES = {1: "L", 3: "RGB"}
+_MAX_HEADER_BYTES = 1 << 16  # of a JPEG
 
 
 def parse_png(data: bytes) -> FrameArguments | None:
@@ -39,7 +40,7 @@ def parse_png(data: bytes) -> FrameArguments | None:
 def parse_jpeg(data: bytes) -> FrameArguments | None:
     """Returns the frame of a usual JPEG, or None; raises any exception if the JPEG is damaged."""
     position, frame = 2, b""
-    while (segment := data[position : position + 2]) in _JPEG_SEGMENTS:
+    while (segment := data[position : position + 2]) in _JPEG_SEGMENTS and position < _MAX_HEADER_BYTES:
         length = int.from_bytes(data[position + 2 : position + 4])
         frame = data[position + 4 : position + 10] if segment == _JPEG_FRAME else frame
         position += 2 + length
