@@ -64,7 +64,7 @@ SetOption = Annotated[
 PartitionArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT. Default: of --config."
+        metavar="URI", help="URI of a partition: OUTPUT/model=NAME-FINGERPRINT. Default: that of --config."
     ),
 ]
 JobConfigOption = Annotated[

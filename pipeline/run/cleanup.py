@@ -30,7 +30,7 @@ def clean_up(run: RunContext) -> bool:
     read = partial(read_source, storage=partition.storage, options=run.result.job.stages.predictions)
     try:
         run.held.update(zip(sources, map_in_threads(read, sources), strict=True))
-    except (ObjectChanged, ObjectNotFound):
+    except ObjectNotFound:
         plan.copied.clear()  # another share has images in these groups too, and has removed a group
     remove_labels(partition, obsolete)
     rows = {**repairs.entries, **plan.updated}

@@ -193,7 +193,8 @@ def find_replaced_groups(partition: Partition, repairs: Repairs, listing: ShardL
     Raises `ConfigError` if the input selects only some of the images of a group.
     """
     replaced, inputs = set[str](), listing.inputs
-    for uri, row in repairs.stored.items() if listing.format in (None, "images") else ():
+    rows = {**repairs.stored, **repairs.entries} if listing.format in (None, "images") else {}
+    for uri, row in rows.items():
         folder = uri.rpartition("/")[0]
         is_near = any(is_under(root, folder) or is_under(folder, root) for root in inputs.roots)
         if row.format != "images" or not is_near or inputs.contains(uri):

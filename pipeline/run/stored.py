@@ -17,8 +17,8 @@ from pipeline.storage import StorageError, encode_parquet, map_in_threads, norma
 REPORT = "report.html"
 #: Number of latest runs whose configuration is compared: runs may name the same model differently.
 _RUNS = 10
-#: Number of latest runs, and of these runs per share, among which the last runs of a dataset are found.
-_RUNS_OF_DATASETS, _RUNS_PER_SHARE = 100, 4
+#: Number of latest runs, also of other datasets, among which the last run of each share is found.
+_RUNS_OF_DATASETS = 10_000
 #: Seconds after which the lease of a rebuild expires without renewal.
 _LEASE_S = 60.0
 
@@ -54,14 +54,13 @@ def find_last_runs(config: Config) -> dict[Share, tuple[str, dict[str, Any]]]:
     """
     inputs, missing = config.input.inputs, [WHOLE]
     found = dict[Share, tuple[str, dict[str, Any]]]()
-    for number, (partition, record) in enumerate(_latest_runs(config)):
-        shares = len(found) + len(missing)
-        if not missing or number >= _RUNS_OF_DATASETS + _RUNS_PER_SHARE * shares:
+    for partition, record in islice(_latest_runs(config), _RUNS_OF_DATASETS):
+        if not missing:
             break
         if InputUris.of_record(record) == inputs:
             share = Share.of_record(record)
             if any(share.overlaps(part) for part in missing):
-                found[share] = partition.model, record
+                found.setdefault(share, (partition.model, record))
                 missing = [rest for part in missing for rest in part.without(share)]
     return found | {share: ("", {}) for share in missing}
 

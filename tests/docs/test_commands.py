@@ -55,10 +55,10 @@ def own_commands(line: str) -> list[list[str]]:
         part = [] if is_separator else [*words]
         if "cvt-label" in part:
             found.append(part[part.index("cvt-label") + 1 :])
-        elif "jobs.cli" in part:
-            found.append(part[part.index("jobs.cli") + 1 :])
-        elif "jobs.label" in part:
-            found.append(["label", *part[part.index("jobs.label") + 1 :]])
+        elif module := next((word for word in part if word.startswith("jobs.")), None):
+            assert module in ("jobs.cli", "jobs.label"), f"{module} is not a command"
+            command = ["label"] if module == "jobs.label" else []
+            found.append(command + part[part.index(module) + 1 :])
     return found
 
 

@@ -102,12 +102,16 @@ def test_last_run_is_the_latest_of_all_models_on_the_dataset(tmp_path: Path) -> 
 
 
 def write_shares(folder: Path, *runs: str) -> None:
-    """Writes records of runs of shares, such as `2/3 failed`, each a minute after the one before."""
+    """Writes records of runs, such as `2/3 failed`, each a minute after the one before.
+
+    A run such as `1/1 complete other` has another input than `in`.
+    """
     place = folder / "out/model=m-ffffffff/runs"
     place.mkdir(parents=True)
     for minute, run in enumerate(runs):
-        share, status = run.split()
-        config = {"input": {"uri": f"{folder}/in"}, "run": {"share": None if share == "1/1" else share}}
+        share, status, *name = run.split()
+        uri = f"{folder}/{name[0] if name else 'in'}"
+        config = {"input": {"uri": uri}, "run": {"share": None if share == "1/1" else share}}
         started = datetime.fromtimestamp(60 * minute, UTC).isoformat()
         record = {"config": config, "status": status, "started_at": started}
         (place / f"{minute:04d}.json").write_text(json.dumps(record))
@@ -125,6 +129,11 @@ def write_shares(folder: Path, *runs: str) -> None:
             ["1/4 complete", "2/4 complete", "3/4 failed", "4/4 failed", "1/2 complete"],
             {"2/4 complete": 1, "4/4 failed": 3, "1/2 complete": 4},
         ),
+        (
+            ["1/1 complete", "5/97 failed", "5/97 complete", "1/127 complete"],
+            {"complete": 0, "5/97 complete": 2, "1/127 complete": 3},
+        ),
+        (["1/1 complete", *(f"{i}/200 complete other" for i in range(1, 201))], {"complete": 0}),
     ],
     ids=[
         "shares",
@@ -133,6 +142,8 @@ def write_shares(folder: Path, *runs: str) -> None:
         "share that has not run yet after the whole dataset",
         "shares after the whole dataset",
         "rerun with another division",
+        "runs of divisions that are not compared",
+        "run before many shares of another dataset",
     ],
 )
 def test_each_share_has_its_last_run(tmp_path: Path, runs: list[str], last: dict[str, int]) -> None:

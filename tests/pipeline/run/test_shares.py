@@ -13,7 +13,7 @@ from pipeline.compare import RunPair
 from pipeline.config import LABEL_NEW, Selection, Share
 from pipeline.report import read_gallery
 from pipeline.run import Plan, PreparedRun, RunResult, ShardState, label, plan_run, summaries
-from pipeline.storage import Storage
+from pipeline.storage import ObjectChanged, Storage
 from tests.makers import make_image, make_parquet, make_tar
 from tests.partitions import manifest_rows
 from tests.pipeline import crashing
@@ -126,6 +126,30 @@ def test_shares_that_plan_at_once_both_replace_groups_of_another_input(
     assert plans[0].shards
     assert sum(map(len, place.labels().values())) == 30
     assert planned(root, "1/1", fields) == []
+
+
+def test_run_ends_if_another_run_rewrites_a_group_that_the_input_replaces(of_parent: tuple[str, str]) -> None:
+    """A rewritten group stays, so its images must not be labeled in other groups."""
+    (root, fields), place, storage = of_parent, Place(of_parent[0]), Storage()
+
+    def rewrite(prepared: PreparedRun) -> None:
+        for info in [*prepared.job.partition.prediction_files()]:
+            storage.write(info.uri, storage.read(info.uri))
+
+    with pytest.raises(ObjectChanged):
+        label(run_config(root, fields), on_plan=rewrite)
+    assert sum(map(len, place.labels().values())) == 30
+    place.run(LABEL_NEW, fields)
+    assert sum(map(len, place.labels().values())) == 30
+    assert planned(root, "1/1", fields) == []
+
+
+def test_groups_that_the_manifest_lacks_are_replaced(of_parent: tuple[str, str]) -> None:
+    """As after a run that was killed before it wrote the manifest."""
+    (root, fields), place = of_parent, Place(of_parent[0])
+    Storage().delete(plan_run(run_config(root)).job.partition.manifest.uri)
+    place.run(LABEL_NEW, fields)
+    assert sum(map(len, place.labels().values())) == 30
 
 
 @pytest.mark.parametrize("share", ["1/2", "2/2"])
