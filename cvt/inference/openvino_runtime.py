@@ -112,9 +112,8 @@ def _convert(network: InferenceNetwork, shape: tuple[int, int, int, int]) -> Any
         if isinstance(module, nn.AvgPool2d):
             module.register_forward_hook(_pool_average)
     example = torch.zeros((1, *shape[1:]), dtype=torch.uint8)
-    with torch.inference_mode(), warnings.catch_warnings():
-        # PyTorch prefers `torch.export` to traces, but exporting takes ten times as long.
-        warnings.simplefilter("ignore")
+    # PyTorch warns that `torch.export` replaces traces, but exporting takes ten times as long.
+    with torch.inference_mode(), warnings.catch_warnings(action="ignore"):
         # A function, in whose trace weights are constants. Tracing a module takes twice as long.
         traced = torch.jit.trace(lambda pixels: network.embed(pixels), example, check_trace=False)
         return import_openvino().convert_model(traced, input=list(shape), example_input=example)
@@ -122,7 +121,6 @@ def _convert(network: InferenceNetwork, shape: tuple[int, int, int, int]) -> Any
 
 def _pool_average(pool: nn.AvgPool2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     """Returns `output`, computed without padding: with padding, OpenVINO's values differ at the edges."""
-    options: dict[str, Any] = {"ceil_mode": True, "count_include_pad": False}
     padded = F.pad(inputs[0], [pool.padding] * 4)  # type: ignore[list-item]
-    averages = F.avg_pool2d(padded, pool.kernel_size, pool.stride, **options)
+    averages = F.avg_pool2d(padded, pool.kernel_size, pool.stride, ceil_mode=True, count_include_pad=False)
     return averages[:, :, : output.shape[2], : output.shape[3]]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pipeline.dataflow.local_executor import LocalExecutor
     from pipeline.dataflow.ray_executor import RayExecutor
 
-
 #: Runs the stages of a labeling run.
 Executor: TypeAlias = "LocalExecutor | RayExecutor"
 

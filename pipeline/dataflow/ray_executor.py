@@ -37,8 +37,6 @@ MAX_READ_TASKS = 10_000
 
 #: Reads numbered shards to blocks in a read task.
 ShardReader = Callable[[Sequence[tuple[int, Shard]]], Iterator[pa.Table]]
-#: Called with the id of an actor whose classifier has started.
-Join = Callable[[Any], object] | None
 
 
 def _on_this_node() -> dict[str, Any]:
@@ -166,9 +164,7 @@ def decode_block(block: pa.Table, options: DecodeOptions, attempts: Any) -> Iter
 class _ClassifierActor:
     """Holds a classifier during the run."""
 
-    def __init__(
-        self, stages: ray.ObjectRef[Stages], resources: Resources, attempts: Any, join: Join
-    ) -> None:
+    def __init__(self, stages: ray.ObjectRef[Stages], resources: Resources, attempts: Any, join: Any) -> None:
         hide_pillow_warnings()  # of the GPU decoder
         classifier = ray.get(stages).make_classifier(resources)
         self._step = partial(classify_or_die, classifier=classifier)
@@ -268,7 +264,7 @@ def _join_executions() -> None:
 
 
 def _label_source(
-    source: ShardSource, stages: Stages, resources: Resources, attempts: Any, join: Join
+    source: ShardSource, stages: Stages, resources: Resources, attempts: Any, join: Any
 ) -> Dataset:
     """Returns the labeled chunks of a source, by one pool of classifiers, each of which calls `join`."""
     chunks = ray.data.read_datasource(

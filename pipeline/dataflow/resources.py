@@ -120,7 +120,7 @@ def choose_pools(request: ResourceRequest, nodes: Sequence[Mapping[str, Any]]) -
     """
     pools, cpus = list[Resources](), ClusterCapacity.of(nodes).cpus
     for number, classify in enumerate(request.classify.each_pool):
-        selector, read, on_cpus = classify.label_selector, request.read, classify.device == "cpu"
+        selector, read = classify.label_selector, request.read
         cluster = ClusterCapacity.of(nodes, selector)
         # Ray may place the classifiers of a pool on any of its nodes.
         shared = (ClusterCapacity.of(nodes, selector, pool.label_selector).gpus for pool in pools)
@@ -130,11 +130,12 @@ def choose_pools(request: ResourceRequest, nodes: Sequence[Mapping[str, Any]]) -
                 f"classify.pools.{number}: the pools before use all {cluster.gpus:g} GPUs of its nodes; "
                 "select other nodes with gpu or label_selector, or set a lower max_actors in the pools before"
             )
+        cluster = replace(cluster, gpus=max(0.0, cluster.gpus - taken))
+        on_cpus = not _runs_on_gpu(classify, cluster.gpus)
         if number and on_cpus:
             read = read.model_copy(update={"concurrency": 1})  # one reader is faster than many CPUs
         # Readers and decoders for a GPU run on all nodes.
-        available = min(cpus, cluster.cpus) if on_cpus or not cluster.gpus else cpus
-        cluster = replace(cluster, cpus=available, gpus=max(0.0, cluster.gpus - taken))
+        cluster = replace(cluster, cpus=min(cpus, cluster.cpus) if on_cpus else cpus)
         pool = choose_resources(replace(request, classify=classify, read=read), cluster)
         if number and on_cpus and classify.max_actors is None:  # half: the decoders of a GPU need many CPUs
             actors = max(classify.min_actors, pool.max_actors // 2)
@@ -155,9 +156,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
     """
     classify, read, decode, size = request.classify, request.read, request.decode, request.size
     readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
-    on_gpu = classify.device == "cuda" or (
-        cluster.gpus > 0 and classify.device == "auto" and classify.runtime != "openvino"  # for CPUs
-    )
+    on_gpu = _runs_on_gpu(classify, cluster.gpus)
     device = "cuda" if on_gpu else "cpu"
     has_decode_tasks = decode.device == "cpu"
     decode_cpus = (decode.num_cpus or max(0.25, min(1.0, cluster.node_cpus / 4))) if has_decode_tasks else 0.0
@@ -206,6 +205,12 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         threads=threads,
         label_selector=classify.label_selector,
     )
+
+
+def _runs_on_gpu(classify: ClassifyConfig, gpus: float) -> bool:
+    """Returns whether classifiers run on GPUs, on nodes with this number of free GPUs."""
+    can_choose = classify.device == "auto" and classify.runtime != "openvino"  # OpenVINO is for CPUs
+    return classify.device == "cuda" or (can_choose and gpus > 0)
 
 
 def _choose_runtime(request: ResourceRequest, device: str) -> str:

@@ -26,6 +26,7 @@ from cvt.preprocessing import Preprocessor
 from pipeline.decode.bounds import (
     MAX_BLOCK_WORK,
     MAX_EXIF_BYTES,
+    MAX_PARTS,
     TIMEOUT_S,
     DecodeDeadline,
     open_image,
@@ -166,7 +167,9 @@ def decode(data: bytes, options: DecodeOptions) -> Decoded:
 
 
 def _decode_directly(name: str, data: bytes, options: DecodeOptions) -> Decoded | None:
-    """Decodes a usual PNG or JPEG as `_decode` does, but faster; returns None for others and after errors."""
+    """Decodes a small usual PNG or JPEG as `_decode` does; returns None for others and after errors."""
+    if len(data) > MAX_PARTS:  # it may have too many parts, or take too long
+        return None
     with suppress(Exception):  # `_decode` reports the error
         frame = parse_png(data) if name == "PNG" else None
         if name == "JPEG" and not options.fast:

@@ -1,16 +1,14 @@
 """Finds the pixels of usual PNGs and JPEGs, without Pillow's readers of metadata.
 
-Of a small image, the readers take most of the time. The decoders of the pixels are Pillow's.
+For a small image, the readers take most of the time. The decoders of the pixels are Pillow's.
 """
 
 import re
 import struct
 import zlib
+from typing import Any
 
 from pipeline.decode.repair import START_OF_SCAN
-
-#: Arguments of `Image.frombytes`: mode, size, encoded pixels, name of the decoder, its arguments.
-FrameArguments = tuple[str, tuple[int, int], bytes, str, tuple[str, ...]]
 
 #: A PNG with 8 bits per sample, without metadata, and with its pixels in one chunk.
 _PNG = re.compile(
@@ -18,15 +16,16 @@ _PNG = re.compile(
     re.DOTALL,
 )
 _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}
-#: The segments of a baseline JPEG without metadata: SOF0, APP0, DQT, DHT, DRI.
+#: The start of a JPEG with an APP0 segment of JFIF, which has 18 bytes.
+_JFIF = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
+#: The other segments of a baseline JPEG without metadata: SOF0, DQT, DHT, DRI.
 _JPEG_FRAME = b"\xff\xc0"
-_JPEG_SEGMENTS = _JPEG_FRAME, b"\xff\xe0", b"\xff\xdb", b"\xff\xc4", b"\xff\xdd"
-_JPEG_MODES = {1: "L", 3: "RGB"}
-_MAX_HEADER_BYTES = 1 << 16  # of a JPEG
+_JPEG_SEGMENTS = _JPEG_FRAME, b"\xff\xdb", b"\xff\xc4", b"\xff\xdd"
+_JPEG_MODES = {(8, 1): "L", (8, 3): "RGB"}
 
 
-def parse_png(data: bytes) -> FrameArguments | None:
-    """Returns the frame of a usual PNG, or None."""
+def parse_png(data: bytes) -> tuple[Any, ...] | None:
+    """Returns the arguments of `Image.frombytes` for a usual PNG, or None."""
     if (found := _PNG.fullmatch(data)) is None:
         return None
     header, checksum, length, pixels = found.groups()
@@ -37,17 +36,15 @@ def parse_png(data: bytes) -> FrameArguments | None:
     return mode, (width, height), pixels, "zip", (mode,)
 
 
-def parse_jpeg(data: bytes) -> FrameArguments | None:
-    """Returns the frame of a usual JPEG, or None; raises any exception if the JPEG is damaged."""
-    position, frame = 2, b""
-    while (segment := data[position : position + 2]) in _JPEG_SEGMENTS and position < _MAX_HEADER_BYTES:
+def parse_jpeg(data: bytes) -> tuple[Any, ...] | None:
+    """Returns the same for a usual JPEG, or None; raises any exception if the JPEG is damaged."""
+    position, frame = 20 if data.startswith(_JFIF) else 2, b""
+    while (segment := data[position : position + 2]) in _JPEG_SEGMENTS:
         length = int.from_bytes(data[position + 2 : position + 4])
         frame = data[position + 4 : position + 10] if segment == _JPEG_FRAME else frame
         position += 2 + length
     if segment != START_OF_SCAN:
         return None
     bits, height, width, components = struct.unpack(">BHHB", frame)
-    if bits != 8:
-        return None
-    mode = _JPEG_MODES[components]
+    mode = _JPEG_MODES[bits, components]
     return mode, (width, height), data, "jpeg", (mode, "")

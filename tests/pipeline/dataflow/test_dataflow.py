@@ -199,6 +199,15 @@ def test_pools_on_the_same_nodes_do_not_count_a_gpu_twice(pools: str, gpus: list
         assert [pool.initial_actors for pool in (first, *first.helpers)] == gpus
 
 
+def test_pool_without_free_gpus_leaves_cpus_to_the_decoders_of_the_gpus() -> None:
+    nodes = [(L4, 32, 1), (L4, 32, 1)]
+    given, chosen = (
+        choose_on_nodes(config(f"classify.pools=[{{gpu: L4}}, {pool}]"), nodes).helpers
+        for pool in ("{device: cpu}", "{}")
+    )
+    assert given == chosen
+
+
 def test_pool_on_cpus_fits_on_its_own_nodes() -> None:
     nodes = [({"zone": "a"}, 8, 1), ({"zone": "b"}, 64, 0)]
     given = config("classify.pools=[{device: cuda}, {device: cpu, num_cpus: 1, label_selector: {zone: a}}]")

@@ -647,7 +647,10 @@ def test_usual_image_has_the_outcome_of_pillows_reader(
     good = encode(picture(mode, (28, 27)), format)
     assert _decode_directly(format, good, DecodeOptions(PREPROCESSOR, LIMIT)) is not None
     chance = random.Random(format + mode)
-    images = [good, good[:-1], good + b"\0"]
+    images = [good, good[:-1], good + b"\0", good + b"\xff\xc4" * (1 << 19)]
+    images += [
+        good[:2] + b"\xff\xe0" + bytes([0, 2 + size]) + b"JFIF\0\1\1"[:size] + good[2:] for size in range(8)
+    ]
     for _ in range(150):
         data = bytearray(good)
         start = chance.randrange(chance.choice([64, len(good)]))
