@@ -199,15 +199,13 @@ def find_replaced_groups(partition: Partition, repairs: Repairs, listing: ShardL
         is_near = any(is_under(root, folder) or is_under(folder, root) for root in inputs.roots)
         if row.format != "images" or not is_near or inputs.contains(uri):
             continue
-        if uri not in repairs.entries:
-            replaced.add(uri)
         selected = [inputs.contains(str(image)) for image in _stored_rows(partition, row)]
         if any(selected) and not all(selected):
             raise ConfigError(
                 f"input.uri: {inputs} selects some of the image files that are labeled as {uri}; they would "
                 f"be labeled twice. Set input.uri to {folder}, or choose another output.uri"
             )
-        if any(selected):
+        if any(selected) or uri not in repairs.entries:
             replaced.add(uri)
     return replaced
 

@@ -119,7 +119,7 @@ class Place:
             shards.setdefault(row["shard"], []).append(row)
         for uri, found in shards.items():
             assert [row["index"] for row in found] == list(range(len(found))), uri
-        loose = Counter(row["key"] for row in rows if "/images-" in row["shard"])
+        loose = Counter(row["uri"] for row in rows if "/images-" in row["shard"])
         assert not [key for key, times in loose.items() if times > 1]
         return shards
 
