@@ -22,7 +22,7 @@ CONNECTION_ERRORS = (urllib3.exceptions.HTTPError, http.client.HTTPException, OS
 MAX_PAUSE_S = 10.0
 _LIMIT_ATTEMPTS = 4  # each attempt may take minutes
 #: Time limit of compare-and-swap: of many drivers that end together, one after another updates the manifest.
-_MAX_SWAP_S = 3600.0
+_MAX_SWAP_S = 600.0
 _MAX_REFUSALS = 20  # of one reported version; they take about two minutes
 _lock = threading.Lock()
 _retries: Counter[str] = Counter()
@@ -78,7 +78,7 @@ def until_unchanged(
 ) -> T:
     """Calls `action` with `version`, then with the `current` version, until no writer replaces the object.
 
-    Raises `ObjectChanged` after an hour, or `StorageError` if the store refuses the version that it reports.
+    Raises `ObjectChanged` after ten minutes, or `StorageError` if the store refuses the version that it reports.
     """
     refusals, end, attempt = Counter[str](), time.monotonic() + _MAX_SWAP_S, 0
     while True:
