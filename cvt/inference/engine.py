@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cvt.inference.network import EngineOutput, InferenceNetwork, Result, Runtime
 from cvt.inference.torch_runtime import TorchRuntime, max_images_per_part
 from cvt.preprocessing import Preprocessor
-from cvt.runtimes import DEVICES, DTYPES, RUNTIMES, resolve_precision
+from cvt.runtimes import DEVICES, DTYPES, RUNTIME_DEVICES, RUNTIMES, resolve_precision
 
 logger = logging.getLogger("cvt_label")
 
@@ -44,7 +44,7 @@ class Engine:
             and head always use float32. A CPU without instructions for half precision emulates it, which is
             much slower than "fp32".
         runtime: "torch" for eager PyTorch; "compile" for `torch.compile`, which takes a minute once per
-            machine and batch shape, and uses CUDA graphs on a GPU; "openvino" for OpenVINO on a CPU.
+            machine and batch shape, with CUDA graphs, on a GPU; "openvino" for OpenVINO on a CPU.
         batch_size: maximum number of images on the device at once. The engine halves this number when a GPU
             runs out of memory.
         threads: number of CPU threads. Default: PyTorch's default.
@@ -75,6 +75,8 @@ class Engine:
         self.precision = resolve_precision(precision, self.device.type)
         if runtime not in RUNTIMES:
             raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, not {runtime!r}")
+        if (needed := RUNTIME_DEVICES.get(runtime, self.device.type)) != self.device.type:
+            raise ValueError(f"runtime {runtime!r} needs device {needed!r}, not {self.device.type!r}")
         self.runtime = runtime
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
@@ -92,19 +94,15 @@ class Engine:
         if self.runtime == "openvino":
             from cvt.inference.openvino_runtime import OpenVinoRuntime
 
-            if self.device.type != "cpu":
-                raise ValueError(f"runtime 'openvino' needs device 'cpu', not {self.device.type!r}")
             shape, precision = self._image_shape, self.precision
             return OpenVinoRuntime(network, shape, precision, batch_size, part_size, threads)
-        compiled = self.runtime == "compile"
-        if compiled:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-        network = network.to(self.device)
-        if self.device.type == "cuda":
-            from cvt.inference.cuda_runtime import CudaRuntime
+        if self.device.type == "cpu":
+            return TorchRuntime(network, batch_size, part_size, threads)
+        from cvt.inference.cuda_runtime import CudaRuntime
 
-            return CudaRuntime(network, self._image_shape, batch_size, compiled)
-        return TorchRuntime(network, batch_size, part_size, threads, compiled)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
+        compiled = self.runtime == "compile"
+        return CudaRuntime(network.to(self.device), self._image_shape, batch_size, compiled)
 
     @property
     def batch_size(self) -> int:

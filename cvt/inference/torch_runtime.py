@@ -1,4 +1,4 @@
-"""Runs the network in PyTorch on a CPU, eager or compiled. `cuda_runtime` is for GPUs."""
+"""Runs the network in PyTorch on a CPU. `cuda_runtime` is for GPUs."""
 
 from __future__ import annotations
 
@@ -23,35 +23,22 @@ MAX_WORKERS = 8
 class TorchRuntime:
     """Computes a batch in parts.
 
-    In eager mode, each worker computes a separate part. If all threads shared each operation, they would wait
-    for each other after each operation, and activations would not stay in the cache of a core. The compiled
-    network takes parts of one size: the last part is padded.
+    Each worker computes a separate part. If all threads shared each operation, they would wait for each other
+    after each operation, and activations would not stay in the cache of a core.
 
     `part_size` limits the images in a part. `threads` is the number of CPU threads of all workers together.
     """
 
-    def __init__(
-        self, network: InferenceNetwork, batch_size: int, part_size: int, threads: int, compiled: bool
-    ) -> None:
+    def __init__(self, network: InferenceNetwork, batch_size: int, part_size: int, threads: int) -> None:
         self.batch_size = batch_size
-        self._workers = 1 if compiled else min(threads, MAX_WORKERS)
+        self._workers = min(threads, MAX_WORKERS)
         self._part_size = part_size
-        self._compiled = compiled
         self._network = network
-        self._forward = network.forward
-        if compiled:
-            self._forward = torch.compile(network, dynamic=False, fullgraph=True)
-        else:
-            network.pack()
-        self._split = -(-batch_size // self._parts(batch_size))
+        network.pack()
         self._pool = _make_pool(self._workers, threads)
 
     def __call__(self, images: np.ndarray | Tensor) -> Result:  # noqa: D102 - see Runtime
-        images = np.asarray(images)
-        if self._compiled:
-            parts = [images[start : start + self._split] for start in range(0, len(images), self._split)]
-        else:
-            parts = np.array_split(images, self._parts(len(images)))
+        parts = np.array_split(np.asarray(images), self._parts(len(images)))
         # All parts are in one queue, so no thread waits for others at the end of a batch.
         outputs = [self._pool.submit(self._run, part) for part in parts]
 
@@ -68,12 +55,9 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def _run(self, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        count = len(part)
         # Copies the images, because PyTorch does not accept read-only arrays, such as those of Ray.
-        pixels = torch.zeros((self._split if self._compiled else count, *part.shape[1:]), dtype=torch.uint8)
-        pixels.numpy()[:count] = part
-        logits, embeddings = self._forward(pixels)
-        return logits[:count].numpy(), embeddings[:count].numpy()
+        logits, embeddings = self._network(torch.from_numpy(part.copy()))
+        return logits.numpy(), embeddings.numpy()
 
 
 def max_images_per_part(config: Architecture, size: int, max_bytes: int = MAX_ACTIVATION_BYTES) -> int:

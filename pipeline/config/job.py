@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cvt.runtimes import Precision, resolve_precision, supported_precisions
+from cvt.runtimes import RUNTIME_DEVICES, Precision, resolve_precision, supported_precisions
 from pipeline.config.base import NameOrUri, PositiveFloat, PositiveInt, Section, ServiceUrl, Uri
 from pipeline.config.input import NOT_IN_FINGERPRINT, InputConfig
 from pipeline.config.share import Share
@@ -177,10 +177,10 @@ class Config(Section):
             if decoder == "gpu" and pool.device != "cuda":
                 raise ValueError(f"decode.device: 'gpu' needs classify.device 'cuda', not {pool.device!r}")
             runtime, precisions = pool.runtime, supported_precisions(pool.runtime)
-            if runtime == "openvino" and pool.device == "cuda":
-                raise ValueError(
-                    "classify.runtime: 'openvino' runs on CPUs only, but classify.device is 'cuda'"
-                )
+            needed = RUNTIME_DEVICES.get(runtime, pool.device)
+            if pool.device not in (needed, "auto"):
+                message = f"{runtime!r} needs classify.device {needed!r}, not {pool.device!r}"
+                raise ValueError(f"classify.runtime: {message}")
             if precision not in precisions:
                 allowed = " or ".join(precisions)
                 message = f"{runtime!r} supports {allowed}, but model.precision is {precision!r}"

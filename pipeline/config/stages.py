@@ -113,9 +113,9 @@ class ClassifyConfig(Section):
     device: Device = "auto"
     """Device of the model. `auto`: `cuda` if the cluster has a GPU, else `cpu`."""
     runtime: Literal["auto", Runtime] = "auto"
-    """What runs the model: PyTorch (`torch`), compiled PyTorch (`compile`), or OpenVINO on CPUs (`openvino`,
-    needs `cvt-label[openvino]` on all nodes). `auto`: the runtime of the stored labels; without labels,
-    `openvino` on CPUs if it is installed, else `torch`.
+    """What runs the model: PyTorch (`torch`), compiled PyTorch on GPUs (`compile`), or OpenVINO on CPUs
+    (`openvino`, needs `cvt-label[openvino]` on all nodes). `auto`: the runtime of the stored labels; without
+    labels, `openvino` on CPUs if it is installed, else `torch`.
     """
     num_gpus: PositiveFloat | None = None
     """GPUs of each actor. Null: 1 on a GPU, 0 on a CPU."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cvt.runtimes import OPENVINO_MISSING, fastest_runtime, openvino_is_installed
+from cvt.runtimes import OPENVINO_MISSING, RUNTIME_DEVICES, fastest_runtime, openvino_is_installed
 from pipeline.config import ClassifyConfig, ConfigError, DecodeConfig, ReadConfig
 
 #: Target multiply-accumulate operations of a chunk, by device.
@@ -218,7 +218,7 @@ def _choose_runtime(request: ResourceRequest, device: str) -> str:
     if request.classify.runtime != "auto":
         return request.classify.runtime
     runtime = request.labeled_by or fastest_runtime(device, request.precision)
-    if runtime == "openvino" and device == "cuda":
+    if RUNTIME_DEVICES.get(runtime, device) != device:
         return "torch"
     if runtime == "openvino" and not openvino_is_installed():
         raise ConfigError(

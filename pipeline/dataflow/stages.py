@@ -135,7 +135,7 @@ def call_after(seconds: float, action: Callable[[], None]) -> Iterator[None]:
 
 
 def warm_engine(checkpoint: Checkpoint, precision: str, resources: Resources) -> Engine:
-    """Returns the warmed-up engine of a classifier; raises `ConfigError` if openvino fails here."""
+    """Returns the warmed-up engine of a classifier; raises `ConfigError` if the runtime fails here."""
     from cvt.inference.engine import Engine  # imports torch, which readers and decoders do not need
 
     try:
@@ -149,9 +149,9 @@ def warm_engine(checkpoint: Checkpoint, precision: str, resources: Resources) ->
             threads=resources.threads,
         )
     except (ImportError, ValueError) as error:
-        if resources.runtime != "openvino":
+        if resources.runtime == "torch":
             raise
-        remedy = "all nodes must support openvino, or set classify.runtime: torch"
+        remedy = f"all nodes must support {resources.runtime}, or set classify.runtime: torch"
         raise ConfigError(f"classify.runtime: on the node {platform.node()}: {error}; {remedy}") from error
     engine.warm_up()
     return engine

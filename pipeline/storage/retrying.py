@@ -78,7 +78,8 @@ def until_unchanged(
 ) -> T:
     """Calls `action` with `version`, then with the `current` version, until no writer replaces the object.
 
-    Raises `ObjectChanged` after ten minutes, or `StorageError` if the store refuses the version that it reports.
+    Raises `ObjectChanged` after ten minutes, or `StorageError` if the store refuses the version that it
+    reports.
     """
     refusals, end, attempt = Counter[str](), time.monotonic() + _MAX_SWAP_S, 0
     while True:

@@ -169,6 +169,7 @@ def test_invalid_arrays_fail(images: np.ndarray, message: str) -> None:
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ({"precision": "int8"}, "precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
         ({"runtime": "tensorrt"}, "runtime must be one of torch, compile, openvino, not 'tensorrt'"),
+        ({"runtime": "compile", "device": "cpu"}, "runtime 'compile' needs device 'cuda', not 'cpu'"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
         (
             {"model": make_model(num_channels=1)},

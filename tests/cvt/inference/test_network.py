@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -47,3 +49,16 @@ def test_quick_gelu_equals_microsofts_formula_in_model_and_engine() -> None:
     assert abs(logits - gelu).max() > 1e-3
     for precision, tolerance in {"fp32": 1e-4, "bf16": 0.1}.items():
         assert_equals_model(make_engine(model, precision=precision), theirs, tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_network_compiles_to_one_graph_with_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but without CUDA graphs."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes
+    model = make_model()
+    compiled = torch.compile(network(model), dynamic=False, fullgraph=True)
+    with torch.inference_mode():
+        logits, embeddings = compiled(torch.tensor(IMAGES))
+    for found, expected in zip((logits, embeddings), model_outputs(model), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +33,7 @@ def test_batches_are_split_to_limit_activations() -> None:
     assert max_images_per_part(config, SIZE, max_bytes=2 * image_bytes + 1) == 2
     assert max_images_per_part(config, SIZE, max_bytes=1) == 1
     model = make_model()
-    runtime, sizes = TorchRuntime(network(model), 6, 2, threads=1, compiled=False), []
+    runtime, sizes = TorchRuntime(network(model), 6, 2, threads=1), []
 
     def record_size(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, CvtStage):
@@ -52,21 +46,18 @@ def test_batches_are_split_to_limit_activations() -> None:
         np.testing.assert_allclose(np.concatenate(split), whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("runtime", "threads", "parts"),
+    ("threads", "parts"),
     [
-        ("torch", 1, [(7, 1)]),
-        ("torch", 3, [(2, 1), (2, 1), (3, 1)]),
-        ("torch", 16, [(1, 2)] * 7),
-        ("compile", 3, [(8, 3)]),
+        (1, [(7, 1)]),
+        (3, [(2, 1), (2, 1), (3, 1)]),
+        (16, [(1, 2)] * 7),
     ],
 )
-def test_eager_threads_compute_separate_parts(
-    monkeypatch: pytest.MonkeyPatch, runtime: str, threads: int, parts: list[tuple[int, int]]
+def test_threads_compute_separate_parts(
+    monkeypatch: pytest.MonkeyPatch, threads: int, parts: list[tuple[int, int]]
 ) -> None:
     """`parts` has the images and the threads of each part. The caller's number of threads does not change."""
-    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
     before, seen = torch.get_num_threads(), []
     model = make_model()
 
@@ -76,7 +67,7 @@ def test_eager_threads_compute_separate_parts(
             return super().forward(pixels)
 
     monkeypatch.setattr(engine_module, "InferenceNetwork", Recording)
-    engine = make_engine(model, runtime=runtime, threads=threads, batch_size=8)
+    engine = make_engine(model, threads=threads, batch_size=8)
     logits, _ = model_outputs(model)
     np.testing.assert_allclose(engine(IMAGES).logits, logits, atol=1e-4, rtol=0)
     assert sorted(seen) == parts
@@ -95,35 +86,3 @@ def test_all_threads_are_used_if_not_divisible_by_workers(monkeypatch: pytest.Mo
     monkeypatch.setattr(engine_module, "InferenceNetwork", Recording)
     make_engine(threads=11, batch_size=8)(np.concatenate([IMAGES, IMAGES[:1]]))
     assert sorted(seen) == [1] * 5 + [2] * 3
-
-
-COMPILED = """
-import json, sys
-import numpy as np, torch
-from torch._dynamo.utils import counters
-from tests.cvt.inference.small import make_engine, make_one_stage_model, assert_equals_model
-torch.set_num_threads(1)
-model = make_one_stage_model()
-engine = make_engine(model, runtime="compile", batch_size=4)  # 7 images: the second batch is padded
-assert_equals_model(engine, model)
-found = counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_hit"]
-json.dump(dict(zip(["graphs", "hits"], found)), sys.stdout)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_engine_equals_the_model_and_is_cached(tmp_path: Path) -> None:
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no pool of processes
-        "PYTHONPATH": str(Path.cwd()),
-    }
-    found = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout))
-    assert found == [{"graphs": 1, "hits": 0}, {"graphs": 1, "hits": 1}]

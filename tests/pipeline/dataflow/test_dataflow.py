@@ -74,7 +74,7 @@ def test_one_task_of_each_stage_fits_on_a_single_machine(cpus: int) -> None:
         (0, "bf16", None, "openvino"),
         (0, "fp16", None, "torch"),  # which OpenVINO lacks
         (0, "fp32", "torch", "torch"),
-        (0, "fp32", "compile", "compile"),
+        (0, "fp32", "compile", "torch"),  # compiled PyTorch is for GPUs
         (1, "fp32", None, "torch"),
         (1, "fp32", "openvino", "torch"),  # a GPU is faster than the CPUs that labeled before
         (1, "fp32", "compile", "compile"),
