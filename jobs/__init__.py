@@ -24,18 +24,11 @@ def _check_package_origins() -> None:
             sys.exit(2)
 
 
-def _end_on_signals() -> None:
-    """Ends the process with status 130 on SIGTERM and Ctrl-C until a command starts and handles both.
-
-    Importing the packages takes about a second. There is nothing to clean up yet.
-    """
+if sys.argv[0] == "-m" or Path(sys.argv[0]).name == "cvt-label":  # "-m": Python is about to run a module
+    # Until the command handles these signals. Importing its packages takes about a second.
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(130))
-
-
-if sys.argv[0] == "-m" or Path(sys.argv[0]).name == "cvt-label":  # "-m": Python is about to run a module
-    _end_on_signals()
     # Without a last search for cycles among all objects of PyTorch and Ray, the process ends 0.2 s earlier.
     atexit.register(gc.freeze)
 _check_package_origins()

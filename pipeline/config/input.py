@@ -77,10 +77,7 @@ class InputConfig(Section):
     carry: Annotated[
         dict[str, str | None],
         BeforeValidator(_names_to_types, json_schema_input_type=dict[str, str | None] | list[str]),
-    ] = Field(
-        default={},
-        examples=[{"id": "int64", "captured_at": None}],
-    )
+    ] = Field(default={}, examples=[{"id": "int64", "captured_at": None}])
     """Columns, or fields of the `.json` member, that are copied to each prediction row: a list of names, or a
     mapping of names to Arrow types such as `int64` or `timestamp[us, UTC]`. A name that prediction files have
     already becomes `input_<name>`.

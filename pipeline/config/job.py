@@ -116,15 +116,12 @@ class StorageConfig(Section):
     """
 
 
-def _check_share(share: str | None) -> str | None:
-    Share.parse(share)
-    return share
-
-
 class RunConfig(Section):
     """How a run shares its output with other runs, and how it stops."""
 
-    share: Annotated[str | None, AfterValidator(_check_share)] = Field(default=None, examples=["1/8"])
+    share: Annotated[str, AfterValidator(lambda text: str(Share.parse(text)))] | None = Field(
+        default=None, examples=["1/8"]
+    )
     """`i/n`: label only share i of n, so that n runs label one dataset at the same time. Null: all shards. No
     label depends on this field.
     """
