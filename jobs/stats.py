@@ -22,7 +22,7 @@ def stats(
         typer.Option(
             "--rebuild",
             help="First rebuild the manifest and the statistics from the prediction files. With --config, "
-            "the model is loaded and class_stats.parquet may be missing.",
+            "class_stats.parquet may be missing.",
         ),
     ] = False,
 ) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,10 +38,6 @@ _MAX_VALUES = 2**28
 
 _PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
-
-#: Held while a model is loaded. Reentrant, because one checkpoint loads its model as that of another one.
-_loading = threading.RLock()
-
 #: Number of the definition of `Checkpoint.digest`, and of how files are read, for caches.
 DIGEST_DEFINITION = 1
 
@@ -69,18 +64,13 @@ class Checkpoint:
     problem_type: str | None = None
     known_digest: str | None = None
 
-    @property
-    def model(self) -> CvtClassifier:
-        """The network in float32 and evaluation mode. Several threads may use it first: it is loaded once."""
-        with _loading:
-            return self._model
-
     @functools.cached_property
-    def _model(self) -> CvtClassifier:
+    def model(self) -> CvtClassifier:
+        """The network in float32 and evaluation mode."""
         return self.load_model()  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_model": self.model, "load_model": None}
+        return vars(self) | {"model": self.model, "load_model": None}
 
     @functools.cached_property
     def digest(self) -> str:

