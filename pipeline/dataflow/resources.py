@@ -152,7 +152,7 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
 
     Raises:
         ConfigError: the actors do not fit on the cluster, and `max_actors` is not set for a growing cluster;
-            or the runtime of the partition is not installed.
+            the runtime needs a GPU; or the runtime of the partition is not installed.
     """
     classify, read, decode, size = request.classify, request.read, request.decode, request.size
     readers = read.concurrency or max(1, min(32, int(cluster.cpus // 4) or int(cluster.cpus // 2)))
@@ -215,8 +215,13 @@ def _runs_on_gpu(classify: ClassifyConfig, gpus: float) -> bool:
 
 def _choose_runtime(request: ResourceRequest, device: str) -> str:
     """Returns the configured runtime; for "auto", the one that labeled the partition, else the fastest."""
-    if request.classify.runtime != "auto":
-        return request.classify.runtime
+    if (configured := request.classify.runtime) != "auto":
+        if RUNTIME_DEVICES.get(configured, device) != device:
+            raise ConfigError(
+                f"classify.runtime: {configured!r} needs a GPU, and there is none for the classifiers; set "
+                "classify.runtime: auto, or classify.device: cuda if GPUs join the cluster later"
+            )
+        return configured
     runtime = request.labeled_by or fastest_runtime(device, request.precision)
     if RUNTIME_DEVICES.get(runtime, device) != device:
         return "torch"

@@ -97,6 +97,15 @@ def test_configured_runtime_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_resources(request, ClusterCapacity(4, 0, 4)).runtime == "torch"
 
 
+def test_configured_runtime_for_gpus_is_rejected_without_a_gpu() -> None:
+    request = ResourceRequest(
+        ReadConfig(), DecodeConfig(), ClassifyConfig(runtime="compile"), 224, CVT_13, "fp32"
+    )
+    assert choose_resources(request, ClusterCapacity(4, 1, 4)).runtime == "compile"
+    with pytest.raises(ConfigError, match="'compile' needs a GPU, and there is none"):
+        choose_resources(request, ClusterCapacity(4, 0, 4))
+
+
 def test_single_classifier_uses_all_threads_of_a_small_machine() -> None:
     assert choose(config(), cpus=2, gpus=0, node_cpus=2).threads == 2
 
