@@ -171,9 +171,9 @@ def choose_resources(request: ResourceRequest, cluster: ClusterCapacity) -> Reso
         fitting_actors = math.floor(cpus_left / actor_cpus)
     if classify.max_actors is None and fitting_actors < classify.min_actors:
         raise ConfigError(
-            f"classify.min_actors: {classify.min_actors} classifiers do not fit on the cluster's "
-            f"{cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs next to readers and decoders; "
-            "if the cluster grows, set classify.max_actors"
+            f"classify.min_actors: {classify.min_actors} classifiers do not fit on {cluster.cpus:g} free "
+            f"CPUs and {cluster.gpus:g} free GPUs next to readers and decoders; if the cluster grows, set "
+            "classify.max_actors; with classify.pools, set a lower max_actors in the pools before"
         )
     max_actors = classify.max_actors or fitting_actors
     initial_actors = min(max_actors, max(classify.min_actors, fitting_actors))

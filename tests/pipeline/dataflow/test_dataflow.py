@@ -176,7 +176,7 @@ def test_pools_share_a_cluster_of_gpus_and_cpus() -> None:
 
 
 def test_pool_without_its_kind_of_nodes_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"1 classifiers do not fit .* 0 GPUs"):
+    with pytest.raises(ConfigError, match=r"1 classifiers do not fit .* 0 free GPUs"):
         choose_on_nodes(config("classify.pools=[{gpu: H100}]"), [(L4, 8, 1)])
 
 
@@ -244,9 +244,9 @@ def test_fractional_gpus_allow_more_actors() -> None:
 
 
 def test_actors_that_do_not_fit_are_rejected() -> None:
-    with pytest.raises(ValueError, match=r"min_actors: 3 classifiers do not fit .* 32 CPUs and 2 GPUs"):
+    with pytest.raises(ValueError, match=r"3 classifiers do not fit .* 32 free CPUs and 2 free GPUs"):
         choose(config("classify.min_actors=3"), 32, 2, 16)
-    with pytest.raises(ValueError, match="0 GPUs"):
+    with pytest.raises(ValueError, match="0 free GPUs"):
         choose(config("classify.device=cuda"), 32, 0, 16)
 
 
