@@ -19,7 +19,7 @@ from tests.command import invoke
 def test_variants_are_measured_in_each_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def some_variants(*arguments: Any) -> dict[str, Classify]:
         found = available_variants(*arguments)
-        assert {COMPILED, "engine, compile"} < found.keys()  # the first call of both takes minutes
+        assert COMPILED in found  # its first call takes minutes
         return {name: found[name] for name in (EAGER, "engine, torch")}
 
     monkeypatch.setattr("jobs.benchmarks.model.available_variants", some_variants)
@@ -49,8 +49,10 @@ def test_variant_that_loses_an_image_fails() -> None:
 
 def test_runtime_that_cannot_run_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     variants = available_variants(load_model("fashion-mnist", None), "cpu", "fp16", 2)
-    assert [*variants] == [EAGER, COMPILED, "engine, torch", "engine, compile"]
-    assert "engine, openvino: skipped: runtime 'openvino'" in capsys.readouterr().err
+    assert [*variants] == [EAGER, COMPILED, "engine, torch"]
+    notices = capsys.readouterr().err
+    assert "engine, compile: skipped: runtime 'compile' needs device 'cuda'" in notices
+    assert "engine, openvino: skipped: runtime 'openvino'" in notices
 
 
 def test_size_of_a_checkpoint_ends_with_2() -> None:
