@@ -100,8 +100,8 @@ class Engine:
             return TorchRuntime(network, batch_size, part_size, threads)
         from cvt.inference.cuda_runtime import CudaRuntime
 
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
-        compiled = self.runtime == "compile"
+        if compiled := self.runtime == "compile":
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser(COMPILE_CACHE))  # noqa: PTH111
         return CudaRuntime(network.to(self.device), self._image_shape, batch_size, compiled)
 
     @property

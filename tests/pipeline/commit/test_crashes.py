@@ -178,17 +178,23 @@ def share(text: str | None) -> str:
     return f"run.share={text or 'null'}"
 
 
-@pytest.mark.parametrize("day", ["first day", "second day"])
-def test_share_killed_at_any_write_is_completed_by_other_divisions(
-    place: Place, members: Members, every: int, day: str
-) -> None:
-    """Predictions, manifest and statistics equal those of one driver."""
+def begin(place: Place, members: Members, day: str) -> Snapshot:
+    """Puts the input of a day, after a run of the day before; returns the output before the day."""
     place.put("in", first_day(members))
     start: Snapshot = {}
     if day == "second day":
         place.run()
         start = place.snapshot()
         place.put("in", second_day(members))
+    return start
+
+
+@pytest.mark.parametrize("day", ["first day", "second day"])
+def test_share_killed_at_any_write_is_completed_by_other_divisions(
+    place: Place, members: Members, every: int, day: str
+) -> None:
+    """Predictions, manifest and statistics equal those of one driver."""
+    start = begin(place, members, day)
     place.run()
     end, labels = place.end_state(), place.labels()
     place.restore(start)
@@ -213,12 +219,7 @@ def test_drivers_of_different_divisions_label_one_dataset_at_once(
     place: Place, members: Members, every: int, day: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At any write of the share 1/2, the shares 2/4 and 4/4 are labeled; then 1/2 continues."""
-    place.put("in", first_day(members))
-    start: Snapshot = {}
-    if day == "second day":
-        place.run()
-        start = place.snapshot()
-        place.put("in", second_day(members))
+    start = begin(place, members, day)
     place.run()
     end = place.end_state()
     place.restore(start)
