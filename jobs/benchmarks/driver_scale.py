@@ -44,8 +44,6 @@ CHUNKS_PER_SHARD, SHARD_BYTES = 8, 1_000_000_000
 CLASSES, TOPK = 1000, 5
 #: Chunks per second that the simulated classifiers offer together: more than a driver can take.
 OFFERED_CHUNKS_PER_S = 100.0
-#: Maximum number of processes with classifiers; each has the same number of classifiers.
-MAX_PROCESSES = 64
 #: Seconds until all simulated classifiers must work.
 START_TIMEOUT_S = 150.0
 
@@ -131,7 +129,8 @@ class SyntheticStages(Stages):
 def measure_driver(settings: Row, report: Report) -> None:
     """Runs a labeling run with simulated classifiers for some seconds, and reports its rate.
 
-    Settings: `classifiers`, `decode_tasks` (whether there are decode tasks), `chunk_images`, `seconds`.
+    Settings: `classifiers`, `processes` (their maximum number; each has the same number of classifiers),
+    `decode_tasks` (whether there are decode tasks), `chunk_images`, `seconds`.
 
     Raises:
         CheckError: an image has no row in the prediction files, or two.
@@ -139,7 +138,7 @@ def measure_driver(settings: Row, report: Report) -> None:
     from pipeline.dataflow.ray_executor import RayExecutor
 
     count, images = settings["classifiers"], settings["chunk_images"]
-    processes = min(count, MAX_PROCESSES)
+    processes = min(count, settings["processes"])
     concurrent = 2 * count // processes  # a classifier has two chunks at once
     stages = SyntheticStages(
         storage=Storage(),

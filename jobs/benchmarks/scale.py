@@ -24,6 +24,12 @@ def scale(
         "10000,1000000"
     ),
     chunk_images: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a chunk.")] = 1024,
+    processes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Maximum number of processes, which share the classifiers equally."
+        ),
+    ] = 64,
     seconds: Annotated[
         float, typer.Option(metavar="N", min=1, help="Duration of the steady state of each measurement.")
     ] = 30,
@@ -42,7 +48,7 @@ def scale(
         for decode_tasks in (False, True):
             name = f"{count} classifiers{', decode tasks' if decode_tasks else ''}"
             settings: dict[str, Any] = {"classifiers": count, "decode_tasks": decode_tasks}
-            settings |= {"chunk_images": chunk_images, "seconds": seconds}
+            settings |= {"processes": processes, "chunk_images": chunk_images, "seconds": seconds}
             results.append(_measure("driver", name, settings, seconds + _OTHER_S))
     for size in sizes:
         results.append(_measure("planning", f"{size} shards", {"shards": size}, _PLANNING_TIMEOUT_S))
