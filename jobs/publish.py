@@ -1,50 +1,61 @@
-"""Publishes a partition as a Delta table: `cvt-label publish`."""
+"""Publishes a partition as a Delta Lake or Iceberg table: `cvt-label publish`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
+import pyarrow.compute as pc
 import typer
+from pydantic import ByteSize, Field, TypeAdapter
 
 from jobs import console
 from pipeline import publish_labels
 from pipeline.text import pluralize
+
+_SIZE = TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python
 
 
 def publish(
     to: Annotated[
         str,
         typer.Option(
-            metavar="TABLE", help="URI of the Delta table. A table may have several models and datasets."
+            metavar="TABLE",
+            help="delta:URI, or iceberg:CATALOG.NAMESPACE.TABLE with a catalog of pyiceberg's "
+            "configuration. A table may have several models and datasets.",
         ),
     ],
     uri: console.PartitionArgument = None,
     config: console.JobConfigOption = None,
     set: console.SetOption = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Publish all labels again, even if the table was edited.")
+        bool, typer.Option("--rebuild", help="Replace all rows of the partition, also in an edited table.")
     ] = False,
     without_embedding: Annotated[
         bool, typer.Option("--without-embedding", help="Leave out the embedding column of the labels.")
     ] = False,
+    memory: Annotated[
+        Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Memory for rows, such as 500MB.")
+    ] = "2GiB",
 ) -> None:
-    """Publish the labels of a partition as a Delta table.
+    """Publish the labels of a partition as rows of a Delta Lake or Iceberg table.
 
-    Writes few large files, and on later calls only the changes. Needs `pip install 'cvt-label[delta]'`.
+    Each publication is one transaction with the changes since the last one. Needs `pip install
+    'cvt-label[delta]'` or `'cvt-label[iceberg]'`.
 
     More exit statuses: 3 if labels changed after the manifest was written (they are published next time); 4
     if the table was edited; 5 if other writers kept changing the table or the labels.
     """
     partition = console.resolve_partition(uri, config, set)
-    done = publish_labels(partition, to, rebuild=rebuild, embedding=not without_embedding)
-    snapshot = done.snapshot
+    done = publish_labels(
+        partition, to, rebuild=rebuild, embedding=not without_embedding, memory_bytes=memory
+    )
     changes = ", already up to date"
-    if done.is_new:
+    if done.published_at is not None:
         changes = (
             f": {pluralize(len(done.added) - len(done.replaced), 'shard')} added, "
             f"{len(done.replaced):,} replaced, {len(done.removed):,} removed; "
-            f"{pluralize(snapshot.rows, 'row')} in {pluralize(len(snapshot.files), 'file')}"
+            f"{pluralize(pc.sum(done.added['rows']).as_py() or 0, 'row')} written"
         )
-    console.print_line(f"{done.table}: version {snapshot.version}{changes}")
+    console.print_line(f"{done.table}: version {done.version}{changes}")
     if pending := len(done.pending):
         console.print_notice(
             f"{pluralize(pending, 'shard')} changed after the manifest was written: publish again later"

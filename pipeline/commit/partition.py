@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,22 @@ import pyarrow as pa
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import MAX_RECORD_BYTES
 from pipeline.statistics import CLASS_STATS_SCHEMA
-from pipeline.storage import ObjectInfo, Storage, StorageError, content_errors, normalize_uri, read_table
+from pipeline.storage import (
+    ObjectInfo,
+    Storage,
+    StorageError,
+    content_errors,
+    map_in_threads,
+    normalize_uri,
+    read_row_groups,
+    read_table,
+)
 
 CLASS_STATS = "class_stats.parquet"
 _MAX_CLASS_STATS_BYTES = 1024**3
+_READERS = 4
+#: Rows in memory have at most about this many times the size of their prediction file.
+_EXPANSION = 8
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,34 @@ class Partition:
             if unknown := {*(columns or ())} - {*rows.column_names}:
                 raise StorageError(info.uri, f"has no column {', '.join(sorted(unknown))}")
             yield rows
+
+    def read_shards(
+        self, shards: pa.Table, columns: Sequence[str], ahead_bytes: int
+    ) -> Iterator[tuple[Mapping[str, Any], pa.Table]]:
+        """Yields the prediction rows of shards, in parts of one row group, each with its shard.
+
+        Args:
+            shards: rows of the manifest, with `output` and `output_version`.
+            columns: the columns to read; those that a file lacks are left out.
+            ahead_bytes: about the memory for rows that threads read ahead.
+
+        Raises `StorageError`: `ObjectChanged` or `ObjectNotFound` if labels were replaced since.
+        """
+
+        def read(shard: Mapping[str, Any]) -> tuple[Mapping[str, Any], Iterable[pa.Table]]:
+            info = ObjectInfo.of_version(f"{self.uri}/{shard['output']}", shard["output_version"])
+            parts = self._read_parts(info, columns)
+            is_small = info.size * _EXPANSION * 2 * _READERS <= ahead_bytes
+            return shard, [*parts] if is_small else parts  # a large file is read in parts, by the caller
+
+        each = (shard for batch in shards.to_batches(1000) for shard in batch.to_pylist())
+        for shard, parts in map_in_threads(read, each, _READERS):
+            yield from ((shard, rows) for rows in parts)
+
+    def _read_parts(self, info: ObjectInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
+        expected = content_errors(info.uri, "a file of prediction rows")
+        with expected, self.storage.open(info.uri, info.version) as file:
+            yield from (rows for rows in read_row_groups(file, columns) if len(rows))
 
     @property
     def name(self) -> str:

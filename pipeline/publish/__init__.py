@@ -1,6 +1,7 @@
-"""Consumer tables: the labels of a partition in few large, sorted files, as a Delta Lake table.
+"""Consumer tables: the labels of a partition as rows of a Delta Lake or Iceberg table.
 
-Reading labels from prediction files belongs to `commit`.
+Each format's own library writes the data files and commits the transaction. The table is the only state: its
+rows show which shards are published, in which version.
 """
 
-from pipeline.publish.publishing import FILE_BYTES, Publication, TableBusyError, publish_labels
+from pipeline.publish.publishing import Publication, TableBusyError, publish_labels

@@ -3,7 +3,6 @@
 Files that are in the table's folder and not in the snapshot are never read.
 """
 
-import importlib.util
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from pipeline.read.table_files import DataFile, normalize_location, read_parquet
-from pipeline.storage import ObjectInfo, Storage, StorageError
+from pipeline.storage import ObjectInfo, Storage, StorageError, library_errors, require_package
 
 _METADATA_FILE = re.compile(r"/v?(\d+)(?:-[^/]*)?(?:\.gz)?\.metadata\.json(?:\.gz)?$")
 _COMPACT = "rewrite the files, with REORG TABLE ... APPLY (PURGE) in Delta or rewrite_data_files in Iceberg"
@@ -123,14 +122,11 @@ def _open_iceberg(storage: Storage, uri: str) -> list[DataFile]:
 
 @contextmanager
 def _table_errors(uri: str, format: str, package: str, extra: str) -> Iterator[None]:
-    if importlib.util.find_spec(package) is None:
-        cause = f"{format} tables require the package {package}: pip install 'cvt-label[{extra}]'"
-        raise StorageError(uri, cause)
+    require_package(package, extra, uri)
     try:
-        yield
-    except Exception as error:  # the packages and Arrow raise many classes
-        # Without colors, and without the place in the code of Rust.
-        text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", re.split(r"\n\s*0: ", str(error))[0])
-        text = f"{type(error).__name__}: {' '.join(text.split())[:300]}"
-        remedy = f"; {_COMPACT}" if "deletes" in text else ""
-        raise StorageError(uri, f"the {format} table cannot be read: {text}{remedy}") from error
+        with library_errors(uri, f"the {format} table cannot be read"):
+            yield
+    except StorageError as error:
+        if "deletes" in error.cause:
+            raise StorageError(uri, f"{error.cause}; {_COMPACT}") from error
+        raise

@@ -17,10 +17,12 @@ from pipeline.storage.objects import (
     content_errors,
     is_relative,
     is_under,
+    library_errors,
     normalize_uri,
     relative_name,
+    require_package,
 )
 from pipeline.storage.parquet import encode_parquet, read_row_groups, read_table
 from pipeline.storage.retrying import pause_after, retry_counts
 from pipeline.storage.temporary import temporary_folder
-from pipeline.storage.threads import map_in_threads
+from pipeline.storage.threads import consume_in_thread, map_in_threads

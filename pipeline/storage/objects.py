@@ -1,12 +1,15 @@
 """Object metadata, normalization of URIs, and storage errors."""
 
 import contextlib
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import unquote
+
+from pipeline.text import remove_secrets
 
 #: `s3:bucket`, `s3:/bucket`, `s3//bucket`, `s3;//bucket` and `ssh:key@bucket`, but not `s3://bucket`.
 _MISTYPED = re.compile(
@@ -64,6 +67,26 @@ def content_errors(uri: str, expected: str) -> Iterator[None]:
     except (ValueError, TypeError, KeyError) as error:  # the classes of Arrow, pydantic and json, too
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise StorageError(uri, f"not {expected}: {cause}") from None
+
+
+@contextlib.contextmanager
+def library_errors(uri: str, action: str) -> Iterator[None]:
+    """Raises errors of a block that calls a library as a `StorageError`: `action` failed."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:  # libraries for tables raise classes of many packages
+        text = re.split(r"\n\s*0: ", str(error))[0]  # without the stack trace of Rust
+        text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)  # without colors, and without XML tags
+        text = remove_secrets(" ".join(text.split())[:300])
+        raise StorageError(uri, f"{action}: {type(error).__name__}: {text}") from error
+
+
+def require_package(package: str, extra: str, uri: str) -> None:
+    """Raises `StorageError` if an optional package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise StorageError(uri, f"requires the package {package}: pip install 'cvt-label[{extra}]'")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,112 @@
+"""A Delta Lake table of labels, written by `deltalake`."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.predictions import ROW_GROUP_ROWS
+from pipeline.publish.label_table import LABEL_SCHEMA, PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
+from pipeline.storage import ABSENT, Storage, consume_in_thread, library_errors, require_package
+
+_FILE_BYTES = 128 * 1024**2
+_MICROSECONDS = """'Timestamp(Microsecond, Some("UTC"))'"""
+
+
+class DeltaTable(LabelTable):
+    """The rows of one model in a Delta table; see `LabelTable`.
+
+    A publication is a transaction of an application, `cvt-label/model=<model>`. Of two concurrent
+    transactions of one application, Delta refuses the second, also if both only add rows.
+    """
+
+    def __init__(self, storage: Storage, uri: str, model: str) -> None:
+        self.name, self._storage, self._uri, self._model = f"delta:{uri}", storage, uri, model
+        self._table: Any = None
+        require_package("deltalake", "delta", self.name)
+        # Listing first reports access failures with the messages of `storage`.
+        if next(storage.list(f"{uri}/_delta_log"), None) is not None:
+            self._open()
+
+    def _open(self) -> None:
+        import deltalake
+
+        options = self._storage.object_store_options(self._uri)  # with the current credentials
+        with library_errors(self.name, "cannot be read as a Delta table"):
+            self._table = deltalake.DeltaTable(self._uri, storage_options=options)
+        self.version = self._table.version()
+        self._check_columns(pa.schema(self._table.schema()), self._table.metadata().partition_columns)
+
+    def read_published(self) -> pa.Table:  # noqa: D102
+        from deltalake import QueryBuilder
+
+        if self._table is None:
+            return PUBLISHED_SCHEMA.empty_table()
+        query = (
+            "SELECT shard, source, output_version, count(*) AS rows FROM labels "
+            f"WHERE model = {_quote(self._model)} GROUP BY shard, source, output_version"
+        )
+        with library_errors(self.name, "cannot be read"):
+            found = QueryBuilder().register("labels", self._table).execute(query).read_all()
+        return pa.table(found).cast(PUBLISHED_SCHEMA)
+
+    def _commit(self, increment: Increment) -> int:
+        if self._table is None:
+            self._create()
+        batches = (batch for rows in increment.rows for batch in rows.to_batches(ROW_GROUP_ROWS))
+        consume_in_thread(partial(self._write, increment), batches)
+        return int(self._table.version())
+
+    def _find(self, token: str) -> int | None:
+        found = (entry["version"] for entry in self._table.history() if entry.get(TOKEN_KEY) == token)
+        return next(found, None)
+
+    def _write(self, increment: Increment, batches: Iterator[pa.RecordBatch]) -> None:
+        from deltalake import CommitProperties, Transaction, WriterProperties, write_deltalake
+
+        app = f"cvt-label/model={self._model}"
+        options: dict[str, Any] = {"mode": "append"}
+        if increment.dropped is None or increment.dropped:
+            options = {"mode": "overwrite", "predicate": self._predicate(increment)}
+        write_deltalake(
+            self._table,
+            pa.RecordBatchReader.from_batches(LABEL_SCHEMA, batches),
+            target_file_size=_FILE_BYTES,
+            writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
+            commit_properties=CommitProperties(
+                custom_metadata={TOKEN_KEY: increment.token},
+                app_transactions=[Transaction(app, (self._table.transaction_version(app) or 0) + 1)],
+            ),
+            **options,
+        )
+
+    def _predicate(self, increment: Increment) -> str:
+        """Returns the SQL condition of the rows to remove. The rows to add must fulfill it too."""
+        removed = f"source = {_quote(increment.source)}"
+        if increment.dropped is not None:
+            removed = f"shard IN ({', '.join(map(_quote, increment.dropped))})"
+        added = f"published_at = arrow_cast({_quote(increment.published_at.isoformat())}, {_MICROSECONDS})"
+        return f"model = {_quote(self._model)} AND ({removed} OR {added})"
+
+    def _create(self) -> None:
+        """Creates an empty table, unless there is one by now."""
+        import deltalake
+
+        probe = f"{self._uri}/_cvt_label_probe"
+        self._storage.update(probe, lambda _: b"", ABSENT)  # refuses a store without conditional writes
+        self._storage.delete(probe)
+        with library_errors(self.name, "the table cannot be created"):
+            deltalake.DeltaTable.create(
+                self._uri,
+                deltalake.Schema.from_arrow(LABEL_SCHEMA),
+                "ignore",
+                ["model"],
+                configuration={"delta.enableChangeDataFeed": "true"},
+                storage_options=self._storage.object_store_options(self._uri),
+            )
+        self._open()
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

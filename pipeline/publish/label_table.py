@@ -1,0 +1,123 @@
+"""The contract of a consumer table: its columns, its shards, and a transaction that replaces some of them."""
+
+import re
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import pyarrow as pa
+
+from pipeline.predictions import prediction_schema
+from pipeline.storage import StorageError, library_errors
+
+#: The columns of a table: those of prediction files, and where each row comes from. `source` is the URI of
+#: the partition, `output_version` the version of the shard's prediction file, `run` the run that wrote it.
+#: The formats have neither lists of a fixed size nor half precision: embeddings are lists of float32.
+LABEL_SCHEMA = pa.schema(
+    [
+        pa.field("model", pa.string()),
+        *(pa.field(column.name, column.type) for column in prediction_schema()),
+        pa.field("embedding", pa.list_(pa.float32())),
+        pa.field("source", pa.string()),
+        pa.field("output_version", pa.string()),
+        pa.field("run", pa.string()),
+        pa.field("published_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
+
+#: The shards of one model in a table, with their number of rows.
+PUBLISHED_SCHEMA = pa.schema(
+    {"shard": pa.string(), "source": pa.string(), "output_version": pa.string(), "rows": pa.int64()}
+)
+
+#: The key of a publication's token in the metadata of its transaction.
+TOKEN_KEY = "cvt_label.publication"
+
+
+class TableChangedError(Exception):
+    """Another writer committed first: the table is no longer at the version that was read."""
+
+
+@dataclass(frozen=True)
+class Increment:
+    """Rows to add to a table and rows to remove from it, in one transaction.
+
+    Attributes:
+        rows: rows to add, as sorted tables with `LABEL_SCHEMA`. Can be iterated over once.
+        published_at: the value of `published_at` in these rows.
+        source: the partition whose rows are replaced.
+        dropped: the shards whose rows are removed; None for all rows of `source`.
+        token: identifies the transaction in the table's history, also if its response was lost.
+    """
+
+    rows: Iterable[pa.Table]
+    published_at: datetime
+    source: str
+    dropped: Sequence[str] | None
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+
+
+class LabelTable(ABC):
+    """The rows of one model in a table, at the version of the table when it was opened.
+
+    Every method may raise `StorageError`.
+
+    Attributes:
+        name: the table, as users name it.
+        version: Delta's version or Iceberg's snapshot id; None if there is no table, or no snapshot.
+    """
+
+    name: str
+    version: int | None = None
+
+    @abstractmethod
+    def read_published(self) -> pa.Table:
+        """Returns the model's shards in the table, with `PUBLISHED_SCHEMA`."""
+
+    def commit(self, increment: Increment) -> int:
+        """Commits an increment, and creates the table if needed; returns the new version.
+
+        Raises `TableChangedError` if another writer committed first: open the table again.
+        """
+        try:
+            return self._commit(increment)
+        except StorageError:
+            raise
+        except Exception as error:
+            before = self.version
+            self._open()
+            if (committed := self._find(increment.token)) is not None:
+                return committed  # only the response was lost
+            if self.version != before:
+                raise TableChangedError(f"{self.name}: another writer committed first") from error
+            with library_errors(self.name, "the transaction was not committed"):
+                raise
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Opens the current version; sets `version`."""
+
+    @abstractmethod
+    def _commit(self, increment: Increment) -> int: ...
+
+    @abstractmethod
+    def _find(self, token: str) -> int | None:
+        """Returns the version that the transaction with this token committed, if it did."""
+
+    def _check_columns(self, schema: pa.Schema, partition_columns: Sequence[str]) -> None:
+        """Raises `StorageError` if labels do not fit into the table."""
+        found = {column.name: _type_name(column.type) for column in schema}
+        expected = {column.name: _type_name(column.type) for column in LABEL_SCHEMA}
+        problem = None if [*partition_columns] == ["model"] else "is not partitioned by exactly model"
+        for name in {**expected, **found}:
+            if found.get(name) != expected.get(name):
+                problem = f"has {found.get(name, 'no')} column {name}, expected {expected.get(name, 'none')}"
+        if problem:
+            raise StorageError(self.name, f"the table {problem}; publish to a new table")
+
+
+def _type_name(kind: pa.DataType) -> str:
+    """Returns a type without differences of libraries: sizes of offsets, and names of list items."""
+    return re.sub(r"large_|_view|\w+: ", "", str(kind))
