@@ -67,7 +67,7 @@ class DeltaTable(LabelTable):
 
         app = f"cvt-label/model={self._model}"
         options: dict[str, Any] = {"mode": "append"}
-        if increment.dropped is None or increment.dropped:
+        if increment.removed:
             options = {"mode": "overwrite", "predicate": self._predicate(increment)}
         write_deltalake(
             self._table,
@@ -83,9 +83,7 @@ class DeltaTable(LabelTable):
 
     def _predicate(self, increment: Increment) -> str:
         """Returns the SQL condition of the rows to remove. The rows to add must fulfill it too."""
-        removed = f"source = {_quote(increment.source)}"
-        if increment.dropped is not None:
-            removed = f"shard IN ({', '.join(map(_quote, increment.dropped))})"
+        removed = f"{increment.column} IN ({', '.join(map(_quote, increment.removed))})"
         added = f"published_at = arrow_cast({_quote(increment.published_at.isoformat())}, {_MICROSECONDS})"
         return f"model = {_quote(self._model)} AND ({removed} OR {added})"
 

@@ -13,7 +13,7 @@ from pipeline.publish.label_table import LABEL_SCHEMA, PUBLISHED_SCHEMA, TOKEN_K
 from pipeline.storage import StorageError, library_errors, require_package
 
 #: pyiceberg does not compare a longer list with the range of shards in a file.
-_LISTED_SHARDS = 200
+_LISTED = 200
 _ISOLATION = "write.delete.isolation-level"
 _PROPERTIES = {
     "write.parquet.row-group-limit": str(ROW_GROUP_ROWS),
@@ -73,9 +73,9 @@ class IcebergTable(LabelTable):
         added, removed = list[Any](), list[Any]()
         for file, kept in self._affected_files(increment):
             removed.append(file)
-            added += self._write(kept)
-        for rows in increment.rows:
-            added += self._write(rows)
+            if len(kept):
+                added.append(self._write(kept))
+        added += map(self._write, increment.rows)
         with self._table.transaction() as transaction:
             update = transaction.update_snapshot(snapshot_properties={TOKEN_KEY: increment.token})
             with update.overwrite() as snapshot:
@@ -98,12 +98,9 @@ class IcebergTable(LabelTable):
         """Yields the files that have rows to remove, and the other rows of each file."""
         from pyiceberg.expressions import AlwaysFalse, And, EqualTo, In, Or
 
-        column, values = "source", [increment.source]
-        condition = EqualTo("source", increment.source)
-        if increment.dropped is not None:
-            column, values = "shard", [*increment.dropped]
-            lists = (values[i : i + _LISTED_SHARDS] for i in range(0, len(values), _LISTED_SHARDS))
-            condition = Or(AlwaysFalse(), AlwaysFalse(), *(In("shard", each) for each in lists))
+        column, values = increment.column, increment.removed
+        lists = (values[i : i + _LISTED] for i in range(0, len(values), _LISTED))
+        condition = Or(AlwaysFalse(), AlwaysFalse(), *(In(column, each) for each in lists))
         with library_errors(self.name, "cannot be read"):
             for task in self._table.scan(And(EqualTo("model", self._model), condition)).plan_files():
                 is_removed = pc.is_in(self._read(task, column)[column], value_set=pa.array(values))
@@ -120,21 +117,19 @@ class IcebergTable(LabelTable):
         scan = ArrowScan(self._table.metadata, self._table.io, schema, AlwaysTrue())
         return scan.to_table([task]).select(names)
 
-    def _write(self, rows: pa.Table) -> Iterator[Any]:
-        """Writes rows as one file, if there are any; returns the file."""
+    def _write(self, rows: pa.Table) -> Any:
+        """Writes rows as one file, and returns the file."""
         from pyiceberg.io.pyarrow import write_file
         from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
         from pyiceberg.table import WriteTask
 
-        if not len(rows):
-            return iter(())
         table = self._table
         values = [PartitionFieldValue(field, self._model) for field in table.spec().fields]
         partition = PartitionKey(values, table.spec(), table.schema())
         batches = rows.to_batches(ROW_GROUP_ROWS)
         task = WriteTask(uuid.uuid4(), 0, table.schema(), batches, partition_key=partition)
         with library_errors(self.name, "the rows cannot be written"):
-            return iter([*write_file(table.io, table.metadata, iter([task]))])
+            return next(write_file(table.io, table.metadata, iter([task])))
 
     def _create(self) -> None:
         """Creates an empty table, unless there is one by now."""

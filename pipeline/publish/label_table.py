@@ -47,15 +47,14 @@ class Increment:
     Attributes:
         rows: rows to add, as sorted tables with `LABEL_SCHEMA`. Can be iterated over once.
         published_at: the value of `published_at` in these rows.
-        source: the partition whose rows are replaced.
-        dropped: the shards whose rows are removed; None for all rows of `source`.
+        column, removed: rows of the model are removed if they have one of these values in this column.
         token: identifies the transaction in the table's history, also if its response was lost.
     """
 
     rows: Iterable[pa.Table]
     published_at: datetime
-    source: str
-    dropped: Sequence[str] | None
+    column: str
+    removed: Sequence[str]
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
 
@@ -108,16 +107,14 @@ class LabelTable(ABC):
 
     def _check_columns(self, schema: pa.Schema, partition_columns: Sequence[str]) -> None:
         """Raises `StorageError` if labels do not fit into the table."""
-        found = {column.name: _type_name(column.type) for column in schema}
-        expected = {column.name: _type_name(column.type) for column in LABEL_SCHEMA}
+        # Libraries differ in the sizes of offsets, and in the names of list items.
+        found, expected = (
+            {column.name: re.sub(r"large_|_view|\w+: ", "", str(column.type)) for column in columns}
+            for columns in (schema, LABEL_SCHEMA)
+        )
         problem = None if [*partition_columns] == ["model"] else "is not partitioned by exactly model"
         for name in {**expected, **found}:
             if found.get(name) != expected.get(name):
                 problem = f"has {found.get(name, 'no')} column {name}, expected {expected.get(name, 'none')}"
         if problem:
             raise StorageError(self.name, f"the table {problem}; publish to a new table")
-
-
-def _type_name(kind: pa.DataType) -> str:
-    """Returns a type without differences of libraries: sizes of offsets, and names of list items."""
-    return re.sub(r"large_|_view|\w+: ", "", str(kind))

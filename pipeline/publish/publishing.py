@@ -84,12 +84,10 @@ def publish_labels(
             time.sleep(pause_after(attempt))
         try:
             return _publish(partition, _open_table(partition, to), rebuild, embedding, memory_bytes)
-        except TableChangedError as error:
-            cause = error
-        except (ObjectChanged, ObjectNotFound) as error:
-            if not is_under(error.uri, partition.uri):
+        except (TableChangedError, ObjectChanged, ObjectNotFound) as error:
+            if isinstance(error, StorageError) and not is_under(error.uri, partition.uri):
                 raise
-            cause = error  # a run replaced labels
+            cause = error  # another publisher, or a run that replaced labels
     changed = f"the table or the labels changed during all {_MAX_ATTEMPTS} attempts ({cause})"
     raise TableBusyError(f"{to}: not published: {changed}; publish again later")
 
@@ -135,11 +133,12 @@ def _publish(
         return Publication(table.name, table.version, None, added, replaced, removed, pending)
     now = datetime.now(UTC)
     constants = {"model": partition.model, "source": source, "published_at": now}
-    constants |= {} if embedding else {"embedding": None}
+    if not embedding:
+        constants["embedding"] = None
     # In memory are rows that are read ahead, rows to sort, sorted rows, and the buffers of the library.
     rows = read_sorted_rows(partition, added, constants, memory_bytes // 4)
-    dropped = None if rebuild else [*replaced.to_pylist(), *removed.to_pylist()]
-    version = table.commit(Increment(rows, now, source, dropped))
+    condition = ("source", [source]) if rebuild else ("shard", [*replaced.to_pylist(), *removed.to_pylist()])
+    version = table.commit(Increment(rows, now, *condition))
     return Publication(table.name, version, now, added, replaced, removed, pending)
 
 

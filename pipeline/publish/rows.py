@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from pipeline.commit import Partition
 from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.storage import content_errors
 
 #: By class, then the lowest score first: a filter on label, or on label and score, reads few row groups of a
 #: file. Shard and index make the order unique.
@@ -27,7 +28,8 @@ def read_sorted_rows(
     batch, size = list[pa.Table](), 0
     for shard, rows in partition.read_shards(shards, names, table_bytes):
         values = {**constants, "output_version": shard["output_version"], "run": shard["run"]}
-        part = _to_label_schema(rows, values)
+        with content_errors(f"{partition.uri}/{shard['output']}", "a file of prediction rows"):
+            part = _add_columns(rows, values)
         if batch and size + part.nbytes > table_bytes:
             yield _concat_sorted(batch)
             size = 0
@@ -37,13 +39,12 @@ def read_sorted_rows(
         yield _concat_sorted(batch)
 
 
-def _to_label_schema(rows: pa.Table, constants: Mapping[str, Any]) -> pa.Table:
-    values = {"embedding": None} if "embedding" not in rows.column_names else {}
-    values |= constants
+def _add_columns(rows: pa.Table, constants: Mapping[str, Any]) -> pa.Table:
+    values = {"embedding": None, **constants}  # predictions may have no embeddings
     columns = [
-        pa.repeat(pa.scalar(values[field.name], field.type), len(rows))
-        if field.name in values
-        else rows[field.name].cast(field.type)
+        rows[field.name].cast(field.type)
+        if field.name in rows.column_names
+        else pa.repeat(pa.scalar(values[field.name], field.type), len(rows))
         for field in LABEL_SCHEMA
     ]
     return pa.table(columns, schema=LABEL_SCHEMA)
