@@ -21,13 +21,15 @@ class DeltaTable(LabelTable):
     transactions of one application, Delta refuses the second, also if both only add rows.
     """
 
+    _table: Any
+
     def __init__(self, storage: Storage, uri: str, model: str) -> None:
         self.name, self._storage, self._uri, self._model = f"delta:{uri}", storage, uri, model
-        self._table: Any = None
         require_package("deltalake", "delta", self.name)
         # Listing first reports access failures with the messages of `storage`.
-        if next(storage.list(f"{uri}/_delta_log"), None) is not None:
-            self._open()
+        if next(storage.list(f"{uri}/_delta_log"), None) is None:
+            self._create()
+        self._open()
 
     def _open(self) -> None:
         import deltalake
@@ -41,8 +43,6 @@ class DeltaTable(LabelTable):
     def read_published(self) -> pa.Table:  # noqa: D102
         from deltalake import QueryBuilder
 
-        if self._table is None:
-            return PUBLISHED_SCHEMA.empty_table()
         query = (
             "SELECT shard, source, output_version, count(*) AS rows FROM labels "
             f"WHERE model = {_quote(self._model)} GROUP BY shard, source, output_version"
@@ -52,8 +52,6 @@ class DeltaTable(LabelTable):
         return pa.table(found).cast(PUBLISHED_SCHEMA)
 
     def _commit(self, increment: Increment) -> int:
-        if self._table is None:
-            self._create()
         batches = (batch for rows in increment.rows for batch in rows.to_batches(ROW_GROUP_ROWS))
         consume_in_thread(partial(self._write, increment), batches)
         return int(self._table.version())
@@ -103,7 +101,6 @@ class DeltaTable(LabelTable):
                 configuration={"delta.enableChangeDataFeed": "true"},
                 storage_options=self._storage.object_store_options(self._uri),
             )
-        self._open()
 
 
 def _quote(text: str) -> str:

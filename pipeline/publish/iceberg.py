@@ -2,7 +2,6 @@
 
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -25,9 +24,10 @@ _PROPERTIES = {
 class IcebergTable(LabelTable):
     """The rows of one model in an Iceberg table; see `LabelTable`. A publication is one snapshot."""
 
+    _table: Any
+
     def __init__(self, name: str, model: str) -> None:
         self.name, self._model = f"iceberg:{name}", model
-        self._table: Any = None
         catalog, _, self._identifier = name.partition(".")
         if "." not in self._identifier:
             raise StorageError(self.name, "expected iceberg:CATALOG.NAMESPACE.TABLE")
@@ -37,9 +37,10 @@ class IcebergTable(LabelTable):
         where = f"~/.pyiceberg.yaml, PYICEBERG_CATALOG__{catalog.upper()}__URI"
         with library_errors(self.name, f"the catalog {catalog} cannot be used (configuration: {where})"):
             self._catalog = load_catalog(catalog)
-            is_new = not self._catalog.table_exists(self._identifier)
-        if not is_new:
-            self._open()
+            exists = self._catalog.table_exists(self._identifier)
+        if not exists:
+            self._create()
+        self._open()
 
     def _open(self) -> None:
         with library_errors(self.name, "cannot be read as an Iceberg table"):
@@ -68,8 +69,6 @@ class IcebergTable(LabelTable):
         from pyiceberg.expressions import EqualTo
         from pyiceberg.table.snapshots import Operation
 
-        if self._table is None:
-            self._create()
         added, removed = list[Any](), list[Any]()
         for file, kept in self._affected_files(increment):
             removed.append(file)
@@ -133,17 +132,20 @@ class IcebergTable(LabelTable):
 
     def _create(self) -> None:
         """Creates an empty table, unless there is one by now."""
-        from pyiceberg.exceptions import TableAlreadyExistsError
         from pyiceberg.transforms import IdentityTransform
 
         catalog, namespace = self._catalog, self._identifier.rpartition(".")[0]
-        with library_errors(self.name, "the table cannot be created"), suppress(TableAlreadyExistsError):
-            if not catalog.namespace_exists(namespace):
-                catalog.create_namespace_if_not_exists(namespace)
-            create = catalog.create_table_transaction(self._identifier, LABEL_SCHEMA, properties=_PROPERTIES)
-            with create as transaction:
-                with transaction.update_spec() as spec:
-                    spec.add_identity("model")
-                with transaction.update_sort_order() as order:
-                    order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
-        self._open()
+        with library_errors(self.name, "the table cannot be created"):
+            try:
+                if not catalog.namespace_exists(namespace):
+                    catalog.create_namespace_if_not_exists(namespace)
+                with catalog.create_table_transaction(
+                    self._identifier, LABEL_SCHEMA, properties=_PROPERTIES
+                ) as create:
+                    with create.update_spec() as spec:
+                        spec.add_identity("model")
+                    with create.update_sort_order() as order:
+                        order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
+            except Exception:  # catalogs raise different classes
+                if not catalog.table_exists(self._identifier):
+                    raise

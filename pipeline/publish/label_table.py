@@ -61,11 +61,11 @@ class Increment:
 class LabelTable(ABC):
     """The rows of one model in a table, at the version of the table when it was opened.
 
-    Every method may raise `StorageError`.
+    Opening creates the table if needed. Every method may raise `StorageError`.
 
     Attributes:
         name: the table, as users name it.
-        version: Delta's version or Iceberg's snapshot id; None if there is no table, or no snapshot.
+        version: Delta's version or Iceberg's snapshot id; None if there is no snapshot.
     """
 
     name: str
@@ -76,7 +76,7 @@ class LabelTable(ABC):
         """Returns the model's shards in the table, with `PUBLISHED_SCHEMA`."""
 
     def commit(self, increment: Increment) -> int:
-        """Commits an increment, and creates the table if needed; returns the new version.
+        """Commits an increment; returns the new version.
 
         Raises `TableChangedError` if another writer committed first: open the table again.
         """
