@@ -12,6 +12,9 @@ from pipeline import publish_labels
 from pipeline.text import pluralize
 
 _SIZE = TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python
+MemoryOption = Annotated[
+    Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Memory for rows, such as 500MB.")
+]
 
 
 def publish(
@@ -32,9 +35,7 @@ def publish(
     without_embedding: Annotated[
         bool, typer.Option("--without-embedding", help="Leave out the embedding column of the labels.")
     ] = False,
-    memory: Annotated[
-        Any, typer.Option(metavar="SIZE", parser=_SIZE, help="Memory for rows, such as 500MB.")
-    ] = "2GiB",
+    memory: MemoryOption = "2GiB",
 ) -> None:
     """Publish the labels of a partition as rows of a Delta Lake or Iceberg table.
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +21,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from cvt.preprocessing import Preprocessor
-from jobs.benchmarks.sections import CheckError, Report, Row, run_as_section
+from jobs.benchmarks.sections import CheckError, Report, Row, memory_mb, run_as_section
 from pipeline.classify import classify
 from pipeline.commit import Committer, ManifestRow, ManifestWriter, Partition, PredictionWriter
 from pipeline.config import ClassifyConfig, DecodeConfig, RayConfig, ReportConfig, Selection
@@ -265,11 +263,7 @@ def measure_planning(settings: Row, report: Report) -> None:
         start = time.monotonic()
         found = action()
         seconds = round(time.monotonic() - start, 2)
-        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.platform == "darwin":
-            kibibytes //= 1024
-        peak = round(kibibytes / 1024)
-        report({"shards": count, "step": step, "seconds": seconds, "peak_memory_mb": peak})
+        report({"shards": count, "step": step, "seconds": seconds, "peak_memory_mb": memory_mb()})
         return found
 
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import secrets
 import signal
 import subprocess
@@ -97,6 +98,21 @@ def run_section(
         lines = output.read_text(errors="replace").strip().splitlines()
         reason = f"the process ended with status {status}: {lines[-1] if lines else 'no output'}"
         return SectionResult(section, FAILED, reason, seconds, found["rows"])
+
+
+def memory_mb(reset: bool = False) -> int:
+    """Returns the peak memory of this process in MB; with `reset`, its memory now, which starts a new peak.
+
+    Other systems than Linux start no new peak, and may count memory of the parent process.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 10**6
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    [line] = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 // 10**6
 
 
 def section_environment() -> dict[str, str]:
