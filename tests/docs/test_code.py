@@ -17,14 +17,13 @@ from tests.docs.pages import Block, blocks_of
 #: Pages whose blocks query the labels of `ExampleLabels`, each block on its own.
 QUERY_PAGES = (
     "docs/how-to/read-labels.md",
-    "docs/how-to/publish.md",
     "docs/how-to/compare-and-gate.md",
     "docs/reference/output-schema.md",
 )
 QUERIES = [block for page in QUERY_PAGES for block in blocks_of("python", "sql", page=page)]
 
 #: A block that needs one of these is skipped if the package is not installed.
-PACKAGES = ("duckdb", "polars", "pandas", "deltalake", "datasets", "pyspark")
+PACKAGES = ("duckdb", "polars", "pandas", "datasets", "pyspark")
 
 NEEDS_EMBEDDING = "needs output.embedding"
 
@@ -42,13 +41,12 @@ def without_embeddings(tmp_path_factory: pytest.TempPathFactory) -> ExampleLabel
 def needed_packages(block: Block) -> set[str]:
     """Returns the packages that a block needs besides this project's own."""
     needed = {name for name in PACKAGES if re.search(rf"^(import|from) {name}\b", block.text, re.M)}
-    needed |= {"deltalake"} if "scan_delta" in block.text else set()
     return needed | ({"duckdb"} if block.kind == "sql" else set())
 
 
 def skip_unless_installed(block: Block) -> None:
     for package in sorted(needed_packages(block)):
-        reason = f"{package} is not installed: cvt-label[consumers,delta], or pyspark with Java"
+        reason = f"{package} is not installed: cvt-label[consumers], or pyspark with Java"
         pytest.importorskip(package, reason=reason)
         if package == "pyspark" and shutil.which("java") is None:
             pytest.skip(reason)

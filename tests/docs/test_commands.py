@@ -18,7 +18,7 @@ from jobs.cli import COMMANDS, make_cli
 from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of, command_lines, inline_code, name_of
 
 #: Options of other programs that the pages mention.
-FOREIGN_OPTIONS = {"--metrics-export-port", "--signal"}
+FOREIGN_OPTIONS = {"--metrics-export-port", "--packages", "--signal"}
 
 
 #: The message of a command with `--device cuda` on a machine without a GPU.
