@@ -1,7 +1,7 @@
 """An Iceberg table of labels, written by `pyiceberg`, whose configuration has the catalog."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -131,21 +131,28 @@ class IcebergTable(LabelTable):
             return next(write_file(table.io, table.metadata, iter([task])))
 
     def _create(self) -> None:
-        """Creates an empty table, unless there is one by now."""
-        from pyiceberg.transforms import IdentityTransform
-
+        """Creates an empty table and its namespace, unless they exist by now."""
         catalog, namespace = self._catalog, self._identifier.rpartition(".")[0]
         with library_errors(self.name, "the table cannot be created"):
-            try:
-                if not catalog.namespace_exists(namespace):
-                    catalog.create_namespace_if_not_exists(namespace)
-                with catalog.create_table_transaction(
-                    self._identifier, LABEL_SCHEMA, properties=_PROPERTIES
-                ) as create:
-                    with create.update_spec() as spec:
-                        spec.add_identity("model")
-                    with create.update_sort_order() as order:
-                        order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
-            except Exception:  # catalogs raise different classes
-                if not catalog.table_exists(self._identifier):
-                    raise
+            _ensure(lambda: catalog.namespace_exists(namespace), lambda: catalog.create_namespace(namespace))
+            _ensure(lambda: catalog.table_exists(self._identifier), self._create_table)
+
+    def _create_table(self) -> None:
+        from pyiceberg.transforms import IdentityTransform
+
+        create = self._catalog.create_table_transaction
+        with create(self._identifier, LABEL_SCHEMA, properties=_PROPERTIES) as transaction:
+            with transaction.update_spec() as spec:
+                spec.add_identity("model")
+            with transaction.update_sort_order() as order:
+                order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
+
+
+def _ensure(exists: Callable[[], bool], create: Callable[[], object]) -> None:
+    if exists():
+        return
+    try:
+        create()
+    except Exception:  # catalogs raise different classes if another writer was faster
+        if not exists():
+            raise

@@ -96,7 +96,7 @@ def _open_table(partition: Partition, to: str) -> LabelTable:
     kind, _, name = to.partition(":")
     if kind == "iceberg":
         return IcebergTable(name, partition.model)
-    if kind != "delta":
+    if kind != "delta" or not name:
         raise ConfigError(f"--to {to}: expected delta:URI or iceberg:CATALOG.NAMESPACE.TABLE")
     uri, inputs = normalize_uri(name), InputUris.of_record({"config": partition.config()})
     locations = {"output": InputUris.parse(partition.uri.rpartition("/")[0]), "input": inputs}
