@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -23,6 +22,8 @@ from pipeline.publish import publish_labels
 from pipeline.storage import Storage
 from tests.docs.example_labels import MODELS, PUBLISH_PAGE, ExampleLabels
 from tests.docs.pages import Block, blocks_of
+from tests.pipeline.publish.duckdb_extensions import connect_with_extension
+from tests.pipeline.publish.tables import FORMATS
 
 READ_PAGE = "docs/how-to/read-tables.md"
 QUERIES = blocks_of("python", page=READ_PAGE)
@@ -252,39 +253,20 @@ def test_spark_query_returns_the_rows_of_the_prediction_files(
         CHECKS[name](rows, with_embeddings)
 
 
-def load_extension(connection: Any, name: str) -> None:
-    """Loads an extension of DuckDB from a package of Python or from DuckDB's folder, or skips the test."""
-    import duckdb
-
-    try:
-        package = importlib.import_module(f"duckdb_extension_{name}")
-        [path] = Path(next(iter(package.__path__))).rglob(f"{name}.duckdb_extension")
-        connection.execute(f"LOAD '{path}'")
-    except (ImportError, duckdb.Error):
-        try:
-            connection.execute(f"LOAD {name}")
-        except duckdb.Error:
-            pytest.skip(f"the extension {name} of DuckDB {duckdb.__version__} is not installed")
-
-
-def test_extensions_of_duckdb_read_both_formats(
-    with_embeddings: ExampleLabels, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", FORMATS)
+def test_extensions_of_duckdb_return_the_rows_of_the_prediction_files(
+    name: str, with_embeddings: ExampleLabels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    duckdb = pytest.importorskip("duckdb", reason="duckdb is not installed: cvt-label[consumers]")
+    connection = connect_with_extension(name)
     skip_unless_installed("deltalake pyiceberg")
     from pyiceberg.catalog import load_catalog
 
     with_embeddings.enter(monkeypatch)
     location = load_catalog("lake").load_table("vision.labels").metadata_location
     [block] = blocks_of("sql", page=READ_PAGE)
-    loads, queries = block.text.split(";\n\n")
-    connection = duckdb.connect(config={"allow_unsigned_extensions": True})
-    for name in ("avro", *re.findall(r"LOAD (\w+)", loads)):  # iceberg needs avro
-        load_extension(connection, name)
-    statements = duckdb.extract_statements(queries.replace("METADATA_LOCATION", location))
-    assert len(statements) == 2
-    for statement in statements:
-        check_classes(connection.execute(statement).to_arrow_table(), with_embeddings)
+    [query] = [line for line in block.text.splitlines() if f"{name}_scan" in line]
+    result = connection.execute(query.replace("METADATA_LOCATION", location))
+    check_classes(result.to_arrow_table(), with_embeddings)
 
 
 def check_tables(labels: ExampleLabels) -> None:
