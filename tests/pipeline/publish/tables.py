@@ -305,6 +305,6 @@ class WatchedStorage(Storage):
 
     before: Callable[[str], None] = print
 
-    def open(self, uri: str, version: str | None = None) -> BufferedReader:
+    def open(self, uri: str, version: str | None = None, read_ahead: int = 0) -> BufferedReader:
         self.before(uri)
-        return super().open(uri, version)
+        return super().open(uri, version, read_ahead)
