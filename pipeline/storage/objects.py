@@ -79,7 +79,7 @@ def library_errors(uri: str, action: str) -> Iterator[None]:
     except Exception as error:  # libraries for tables raise classes of many packages
         text = re.split(r"\n\s*0: ", str(error))[0]  # without the stack trace of Rust
         text = re.sub(r"\x1b\[[0-9;]*m|<[^<>]*>", " ", text)  # without colors, and without XML tags
-        text = remove_secrets(" ".join(text.split())[:300])
+        text = remove_secrets(" ".join(text.split()))[:300]
         raise StorageError(uri, f"{action}: {type(error).__name__}: {text}") from error
 
 

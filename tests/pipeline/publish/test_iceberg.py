@@ -149,7 +149,9 @@ def test_other_partition_specs_in_the_history_are_kept(dataset: Dataset) -> None
 def test_unreachable_catalog_is_reported_without_secrets(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, value in {"TYPE": "rest", "URI": "http://127.0.0.1:1", "CREDENTIAL": "me:planted"}.items():
+    nowhere = "http://127.0.0.1:1"
+    properties = {"TYPE": "rest", "URI": nowhere, "CREDENTIAL": "me:planted", "OAUTH2_SERVER_URI": nowhere}
+    for key, value in properties.items():
         monkeypatch.setenv(f"PYICEBERG_CATALOG__LAKE__{key}", value)
     reload_catalogs()
     dataset.to = "iceberg:lake.ns.table"
