@@ -29,8 +29,6 @@ class IcebergTable(LabelTable):
     def __init__(self, name: str, model: str) -> None:
         self.name, self._model = f"iceberg:{name}", model
         catalog, _, self._identifier = name.partition(".")
-        if "." not in self._identifier:
-            raise StorageError(self.name, "expected iceberg:CATALOG.NAMESPACE.TABLE")
         require_package("pyiceberg", "iceberg", self.name)
         from pyiceberg.catalog import load_catalog
 

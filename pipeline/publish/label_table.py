@@ -87,7 +87,9 @@ class LabelTable(ABC):
         except Exception as error:
             before = self.version
             self._open()
-            if (committed := self._find(increment.token)) is not None:
+            with library_errors(self.name, "cannot be read"):
+                committed = self._find(increment.token)
+            if committed is not None:
                 return committed  # only the response was lost
             if self.version != before:
                 raise TableChangedError(f"{self.name}: another writer committed first") from error

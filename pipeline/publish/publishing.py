@@ -34,7 +34,7 @@ class Publication:
 
     Attributes:
         table: the table, as `delta:URI` or `iceberg:CATALOG.NAMESPACE.TABLE`.
-        version: Delta's version of the table, or Iceberg's snapshot id; None if there was nothing to publish.
+        version: Delta's version of the table, or Iceberg's snapshot id; None if there is no snapshot.
         published_at: the value of `published_at` in the added rows; None if the table was up to date.
         added: rows of the manifest, of new and changed shards.
         replaced: URIs of added shards that the table already had from this partition.
@@ -94,7 +94,7 @@ def publish_labels(
 
 def _open_table(partition: Partition, to: str) -> LabelTable:
     kind, _, name = to.partition(":")
-    if kind == "iceberg":
+    if kind == "iceberg" and name.count(".") >= 2:
         return IcebergTable(name, partition.model)
     if kind != "delta" or not name:
         raise ConfigError(f"--to {to}: expected delta:URI or iceberg:CATALOG.NAMESPACE.TABLE")

@@ -89,13 +89,6 @@ def test_existing_namespace_is_used(dataset: Dataset) -> None:
     assert dataset.published() == dataset.labels()
 
 
-@pytest.mark.parametrize("name", ["", "catalog", "catalog.table"])
-def test_name_without_namespace_is_refused(dataset: Dataset, name: str) -> None:
-    dataset.to = f"iceberg:{name}"
-    with pytest.raises(StorageError, match=rf"^iceberg:{name}: expected iceberg:CATALOG\.NAMESPACE\.TABLE$"):
-        dataset.publish()
-
-
 def test_catalog_without_configuration_is_refused_with_the_remedy(dataset: Dataset) -> None:
     dataset.to = "iceberg:lake.ns.table"
     cause = r"the catalog lake cannot be used \(configuration: .*PYICEBERG_CATALOG__LAKE__URI\): "

@@ -428,7 +428,9 @@ def test_delta_table_in_the_output_or_the_input_is_refused(local: Dataset, where
     assert not local.objects(f"{local.root}/{where}/_delta_log")
 
 
-@pytest.mark.parametrize("to", ["/table", "s3://bucket/table", "lance:/table", "delta", ""])
+@pytest.mark.parametrize(
+    "to", ["/table", "s3://bucket/table", "lance:/table", "delta", "", "iceberg:catalog", "iceberg:a.b"]
+)
 def test_unknown_format_is_refused(local: Dataset, to: str) -> None:
     local.label(a=5)
     local.to = to
