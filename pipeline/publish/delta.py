@@ -48,8 +48,9 @@ class DeltaTable(LabelTable):
             f"WHERE model = {_quote(self._model)} GROUP BY shard, source, output_version"
         )
         with library_errors(self.name, "cannot be read"):
-            found = QueryBuilder().register("labels", self._table).execute(query).read_all()
-        return pa.table(found).cast(PUBLISHED_SCHEMA)
+            # pyarrow reads the rows without Python's lock, so that other threads run meanwhile.
+            found = pa.table(QueryBuilder().register("labels", self._table).execute(query))
+        return found.cast(PUBLISHED_SCHEMA)
 
     def _commit(self, increment: Increment) -> int:
         batches = (batch for rows in increment.rows for batch in rows.to_batches(ROW_GROUP_ROWS))

@@ -38,7 +38,7 @@ from pipeline.schedule import DatasetState, StateFile
 from pipeline.storage import Storage
 from tests.fault_proxy import FaultProxy, Request
 from tests.makers import list_shards, make_image, make_samples, make_tar
-from tests.pipeline.publish.tables import Dataset
+from tests.pipeline.publish.tables import FORMATS, Dataset, add_catalog, needs_format
 from tests.runs import IN_PROCESS
 
 pytestmark = pytest.mark.slow
@@ -50,8 +50,14 @@ POLICIES: dict[str, dict[str, Any]] = {
         r"<!-- policy: (\w+) -->\n```json\n(.*?)```", DOCUMENT.read_text(), re.DOTALL
     )
 }
-#: Operations and their IAM actions. The jobs do not use other operations, such as multipart uploads.
-ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
+#: Operations and their IAM actions. Only multipart uploads, which pyiceberg uses, have POST.
+ACTIONS = {
+    "GET": "s3:GetObject",
+    "HEAD": "s3:GetObject",
+    "PUT": "s3:PutObject",
+    "POST": "s3:PutObject",
+    "DELETE": "s3:DeleteObject",
+}
 LISTING = {
     "list-type",
     "prefix",
@@ -80,8 +86,12 @@ def access(request: Request) -> Access:
         assert request.method in ("GET", "HEAD"), request
         assert set(query) <= LISTING, request
         return Access("s3:ListBucket", f"arn:aws:s3:::{bucket}", query.get("prefix", [""])[0])
-    assert set(query) <= {"x-id"}, request  # uploadId, tagging, acl, versionId and others need more
-    return Access(ACTIONS[request.method], f"arn:aws:s3:::{bucket}/{key}")
+    multipart = {"uploads", "uploadId", "partNumber"}
+    assert set(query) <= {"x-id"} | multipart, request  # tagging, acl, versionId and others need more
+    action = ACTIONS[request.method]
+    if request.method == "DELETE" and "uploadId" in query:
+        action = "s3:AbortMultipartUpload"
+    return Access(action, f"arn:aws:s3:::{bucket}/{key}")
 
 
 def accesses(proxy: FaultProxy) -> set[Access]:
@@ -275,26 +285,32 @@ def test_model_in_a_bucket_requests_what_its_policy_allows(root: str, s3_server:
     check(policy("model", root), requested(s3_server, load))
 
 
-def test_publishing_requests_what_its_policy_allows(root: str, s3_server: LocalS3) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_publishing_requests_what_its_policy_allows(
+    root: str, s3_server: LocalS3, format: str, tmp_path: Path
+) -> None:
     """Three updates of the table, and one without changes."""
-    deltalake = pytest.importorskip("deltalake", reason="deltalake is not installed: cvt-label[delta]")
-    dataset = Dataset(f"s3://{root}images", table=f"s3://{root}tables/table")
-    dataset.uri = f"s3://{root}labels/labels/model=cvt-00000001"
+    needs_format(format)
+    dataset = Dataset(
+        f"s3://{root}images", format=format, table_root=f"s3://{root}tables", catalog_folder=str(tmp_path)
+    )
+    dataset.uri = f"s3://{root}labels/labels/model=cvt-{format}"
 
     def publish_labels(endpoint: str) -> None:
-        assert run(publish, dataset.uri, "--to", dataset.table) == 0
+        if format == "iceberg":
+            add_catalog(str(tmp_path), f"s3://{root}tables/warehouse")  # with the endpoint
+        assert run(publish, dataset.uri, "--to", dataset.to) == 0
 
     found: set[Access] = set()
     for number in range(3):
-        dataset.label(**{f"{number}.tar": 3})
+        dataset.label(**{f"{number}.tar": 3, "0.tar": 4})
         found |= requested(s3_server, publish_labels)
-        if number == 0:  # write a checkpoint with every version instead of every hundredth
-            options = {"endpoint_url": s3_server.endpoint_url, "allow_http": "true"}
-            table = deltalake.DeltaTable(dataset.table, storage_options=options)
-            table.alter.set_table_properties({"delta.checkpointInterval": "1"})
+        if number == 0 and format == "delta":  # write a checkpoint with every version, not every hundredth
+            dataset.delta().alter.set_table_properties({"delta.checkpointInterval": "1"})
     found |= requested(s3_server, publish_labels)
-    assert any(needed.resource.endswith(".checkpoint.parquet") for needed in found)
-    check(policy("publish", root), found)
+    if format == "delta":
+        assert any(needed.resource.endswith(".checkpoint.parquet") for needed in found)
+    check(policy(f"publish_{format}", root), found)
 
 
 def test_comparison_requests_what_its_policy_allows(
@@ -350,6 +366,7 @@ def test_schedule_requests_what_its_policy_allows(root: str, s3_server: LocalS3,
 
 
 def test_every_policy_of_the_page_is_tested() -> None:
-    tested = {"label", "worker", "plan", "read", "model", "publish", "compare", "report", "schedule"}
+    tested = {"label", "worker", "plan", "read", "model", "publish_delta", "publish_iceberg"}
+    tested |= {"compare", "report", "schedule"}
     assert set(POLICIES) == tested
     assert DOCUMENT.read_text().count("```json") == len(POLICIES)
