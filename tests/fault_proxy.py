@@ -155,6 +155,8 @@ class FaultProxy:
         injected: number of injected faults, by kind.
         seen: the last requests.
         missing: requests that the server answered with 404.
+        before: is called before a request is forwarded; a `ConnectionError` drops the request.
+        after: is called when a request was executed, before the client gets the response.
         upstream_failures: number of failures of the server itself; the client's connection is then reset.
     """
 
@@ -177,6 +179,8 @@ class FaultProxy:
         self.seen: deque[Request] = deque(maxlen=100_000)
         self.missing: set[Request] = set()
         self.upstream_failures = 0
+        self.before: Callable[[Request], None] = lambda _: None
+        self.after: Callable[[Request], None] = lambda _: None
         self.closing = threading.Event()
         self._seed = seed
         self._rate = rate
@@ -343,6 +347,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             if kind == "delay":
                 proxy.closing.wait(proxy.delay_seconds)
+            proxy.before(self._request)
             try:
                 self._forward(kind)
             except (OSError, HTTPException):
@@ -384,6 +389,7 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.closing(upstream.getresponse()) as response:  # owns the connection now
                 if response.status == HTTPStatus.NOT_FOUND:
                     self.server.proxy.missing.add(self._request)
+                self.server.proxy.after(self._request)
                 if kind == "lost_answer":
                     response.read()
                     self._reset()

@@ -1,5 +1,6 @@
 """A Delta Lake table of labels, written by `deltalake`."""
 
+import secrets
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -90,7 +91,7 @@ class DeltaTable(LabelTable):
         """Creates an empty table, unless there is one by now."""
         import deltalake
 
-        probe = f"{self._uri}/_cvt_label_probe"
+        probe = f"{self._uri}/cvt-label-probe-{secrets.token_hex(8)}"  # VACUUM removes orphaned probes
         self._storage.update(probe, lambda _: b"", ABSENT)  # refuses a store without conditional writes
         self._storage.delete(probe)
         with library_errors(self.name, "the table cannot be created"):
