@@ -160,7 +160,7 @@ def test_cluster_commands_leave_no_secret_in_storage_terminal_or_logs(
 
     partition = next(o.uri for o in storage.list(f"{bucket}/out") if "/lease." in o.uri).rpartition("/")[0]
     if importlib.util.find_spec("deltalake"):
-        output["publish"] = in_this_process(publish, "--config", job, "--to", f"{bucket}/table")
+        output["publish"] = in_this_process(publish, "--config", job, "--to", f"delta:{bucket}/table")
     output["compare"] = in_this_process(
         compare, partition, partition, "--output", f"{bucket}/compared.parquet"
     )

@@ -40,7 +40,7 @@ main()
         (signal.SIGTERM, "open", "model.safetensors", "plan --config JOB --set model.path=BUCKET/model"),
         (signal.SIGTERM, "import", "torch", "convert BUCKET/model converted"),
         (signal.SIGTERM, "os.scandir", "/out'", "stats --config JOB"),
-        (signal.SIGTERM, "os.scandir", "/out'", "publish --config JOB --to table"),
+        (signal.SIGTERM, "os.scandir", "/out'", "publish --config JOB --to delta:table"),
     ],
     ids=["start", "start, Ctrl-C", "listing", "summaries", "download", "torch", "stats", "publish"],
 )

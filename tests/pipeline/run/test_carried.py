@@ -203,7 +203,7 @@ def test_names_of_prediction_columns_get_a_prefix(tmp_path: Path) -> None:
     query = f"SELECT DISTINCT model FROM read_parquet('{folder}', hive_partitioning = true)"
     assert duckdb.sql(query).fetchall() == [(result.job.partition.model,)]
     rebuild(result.job.partition)
-    assert publish_labels(result.job.partition, f"{tmp_path}/table") is not None
+    assert publish_labels(result.job.partition, f"delta:{tmp_path}/table").published_at is not None
     assert run(tmp_path, [*taken, "free"], "output.label_names=true").plan.shards == []
 
 
@@ -248,9 +248,9 @@ def test_readers_of_prediction_files_accept_carried_columns(tmp_path: Path) -> N
     assert duckdb.sql(union).fetchall() == [(10, 5)]
     comparison = compare_labels(before.job.partition.uri, result.job.partition.uri)
     assert comparison.agreement is not None
-    assert publish_labels(result.job.partition, f"{tmp_path}/table") is not None
+    assert publish_labels(result.job.partition, f"delta:{tmp_path}/table").published_at is not None
     published = duckdb.sql(f"SELECT * FROM '{tmp_path}/table/model=*/*.parquet'")
-    assert len(published.fetchall()) == 5
+    assert published.count("*").fetchall() == [(5,)]
     assert "id" not in published.columns
     assert b"Dress" in Storage().read(f"{result.job.partition.uri}/report.html")
     rebuild(result.job.partition)
