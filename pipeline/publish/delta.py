@@ -1,5 +1,6 @@
 """A Delta Lake table of labels, written by `deltalake`."""
 
+import re
 import secrets
 from collections.abc import Iterator
 from functools import partial
@@ -7,10 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config import ConfigError
 from pipeline.predictions import ROW_GROUP_ROWS
 from pipeline.publish.label_table import LABEL_SCHEMA, PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
 from pipeline.storage import ABSENT, Storage, consume_in_thread, library_errors, require_package
 
+#: With these in the path, deltalake uses another location, or fails.
+_UNSUPPORTED = re.compile(r"[\x00-\x1f\x7f#?:\[\]\\^|]|%[0-9a-fA-F]{2}")
 _FILE_BYTES = 128 * 1024**2
 _MICROSECONDS = """'Timestamp(Microsecond, Some("UTC"))'"""
 
@@ -26,6 +30,8 @@ class DeltaTable(LabelTable):
 
     def __init__(self, storage: Storage, uri: str, model: str) -> None:
         self.name, self._storage, self._uri, self._model = f"delta:{uri}", storage, uri, model
+        if found := _UNSUPPORTED.search(uri.partition("://")[2] or uri):
+            raise ConfigError(f"{self.name}: the path of a Delta table must not contain {found[0]!r}")
         require_package("deltalake", "delta", self.name)
         # Listing first reports access failures with the messages of `storage`.
         if next(storage.list(f"{uri}/_delta_log"), None) is None:

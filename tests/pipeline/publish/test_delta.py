@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 from jobs.local_s3 import LocalS3
+from pipeline.config import ConfigError
 from pipeline.publish.label_table import LABEL_SCHEMA
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
@@ -124,6 +125,30 @@ def test_first_publication_leaves_no_object_outside_the_table(bucket: str, tmp_p
     dataset.publish()
     names = {uri.removeprefix(f"{dataset.table}/").partition("/")[0] for uri in dataset.objects(bucket)}
     assert names == {"_delta_log", "model=cvt-00000001"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "100%", "ü", "it's", "a=b", "a&b", "a+b", "*", "~", "$x", '"', "日本"]
+)
+def test_table_may_have_any_of_these_names(dataset: Dataset, name: str) -> None:
+    dataset.table = f"{dataset.root}/{name}/table"
+    dataset.to = f"delta:{dataset.table}"
+    dataset.publish()
+    assert dataset.published() == dataset.labels()
+
+
+@pytest.mark.parametrize(
+    "name", ["a#b", "a?b", "a%20b", "a:b", "[x]", "a\\b", "a^b", "a|b", "a\tb", "a\x7fb"]
+)
+@pytest.mark.parametrize("place", ["", "s3://bucket"])
+def test_name_that_the_library_reads_as_another_one_is_refused(
+    dataset: Dataset, name: str, place: str
+) -> None:
+    before = dataset.objects(dataset.root)
+    dataset.to = f"delta:{place or dataset.root}/{name}/table"
+    with pytest.raises(ConfigError, match="the path of a Delta table must not contain '"):
+        dataset.publish()
+    assert dataset.objects(dataset.root) == before
 
 
 def test_table_that_only_appends_refuses_changed_shards(dataset: Dataset) -> None:
