@@ -1,4 +1,4 @@
-"""The output contract: name, columns, Parquet bytes and footer of a shard's prediction file.
+"""The output contract: name, columns and footer of a shard's prediction file; columns of consumer tables.
 
 A prediction file has no information about a run or a time: repeated labeling writes the same bytes.
 """
@@ -117,6 +117,21 @@ def model_output_fields(embedding: str = "none", embedding_width: int = 0) -> li
         fields.append(pa.field("embedding", kind))
     return fields
 
+
+#: The columns of a consumer table: those of prediction files, and where each row comes from. `source` is the
+#: URI of the partition, `output_version` the version of the shard's prediction file, `run` the run that wrote
+#: it. The formats have neither lists of a fixed size nor half precision: embeddings are lists of float32.
+LABEL_SCHEMA = pa.schema(
+    [
+        pa.field("model", pa.string()),
+        *(pa.field(column.name, column.type) for column in prediction_schema()),
+        pa.field("embedding", pa.list_(pa.float32())),
+        pa.field("source", pa.string()),
+        pa.field("output_version", pa.string()),
+        pa.field("run", pa.string()),
+        pa.field("published_at", pa.timestamp("us", tz="UTC")),
+    ]
+)
 
 #: Names that carried columns do not keep, in lower case; `model` is the column of Hive partitions.
 _RESERVED_COLUMNS = {*prediction_schema("float32", 1, label_names=True).names, "model"}

@@ -21,9 +21,8 @@ import pyarrow.compute as pc
 from jobs.benchmarks.sections import CheckError, Report, Row, memory_mb, run_as_section
 from jobs.benchmarks.synthetic_labels import SyntheticLabels, portions
 from pipeline.commit import Partition
-from pipeline.predictions import prediction_path
+from pipeline.predictions import LABEL_SCHEMA, prediction_path
 from pipeline.publish import publish_labels
-from pipeline.publish.label_table import LABEL_SCHEMA
 from pipeline.storage import Storage, read_table
 
 _SAMPLE_S = 0.005

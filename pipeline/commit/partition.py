@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from pipeline.commit.manifest import Manifest
 from pipeline.commit.record import MAX_RECORD_BYTES
+from pipeline.config import InputUris
 from pipeline.statistics import CLASS_STATS_SCHEMA
 from pipeline.storage import (
     ObjectInfo,
     Storage,
     StorageError,
     content_errors,
+    is_under,
     map_in_threads,
     normalize_uri,
     read_row_groups,
@@ -90,6 +92,22 @@ class Partition:
         each = (shard for batch in shards.to_batches(1000) for shard in batch.to_pylist())
         for shard, parts in map_in_threads(read, each, _READERS):
             yield from ((shard, rows) for rows in parts)
+
+    def has_versions(self, shards: pa.Table) -> pa.BooleanArray:
+        """Returns for each shard of the manifest whether its prediction file has the manifest's version."""
+        start = len(self.uri) + 1
+        files = self.prediction_files() if len(shards) else ()
+        versions = {info.uri[start:]: info.version for info in files}
+        pairs = zip(shards["output"].to_pylist(), shards["output_version"].to_pylist(), strict=True)
+        return pa.array([versions.get(output) == version for output, version in pairs], pa.bool_())
+
+    def overlap(self, folder: str) -> str | None:
+        """Returns what a folder is in, or contains: the output or the input; None if neither."""
+        inputs = InputUris.of_record({"config": self.config()})
+        for name, uris in {"output": InputUris.parse(self.uri.rpartition("/")[0]), "input": inputs}.items():
+            if uris is not None and (uris.covers(folder) or any(is_under(x, folder) for x in uris.roots)):
+                return f"{name} {uris}"
+        return None
 
     def _read_parts(self, info: ObjectInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
         expected = content_errors(info.uri, "a file of prediction rows")

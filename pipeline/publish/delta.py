@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError
-from pipeline.predictions import ROW_GROUP_ROWS
-from pipeline.publish.label_table import LABEL_SCHEMA, PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
+from pipeline.predictions import LABEL_SCHEMA, ROW_GROUP_ROWS
+from pipeline.publish.label_table import PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
 from pipeline.storage import ABSENT, Storage, consume_in_thread, library_errors, require_package
 
 #: With these in the path, deltalake uses another location, or fails.

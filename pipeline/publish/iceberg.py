@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.predictions import ROW_GROUP_ROWS
-from pipeline.publish.label_table import LABEL_SCHEMA, PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
+from pipeline.predictions import LABEL_SCHEMA, ROW_GROUP_ROWS
+from pipeline.publish.label_table import PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
 from pipeline.storage import StorageError, library_errors, require_package
 
 #: pyiceberg does not compare a longer list with the range of shards in a file.

@@ -9,23 +9,8 @@ from datetime import datetime
 
 import pyarrow as pa
 
-from pipeline.predictions import prediction_schema
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.storage import StorageError, library_errors
-
-#: The columns of a table: those of prediction files, and where each row comes from. `source` is the URI of
-#: the partition, `output_version` the version of the shard's prediction file, `run` the run that wrote it.
-#: The formats have neither lists of a fixed size nor half precision: embeddings are lists of float32.
-LABEL_SCHEMA = pa.schema(
-    [
-        pa.field("model", pa.string()),
-        *(pa.field(column.name, column.type) for column in prediction_schema()),
-        pa.field("embedding", pa.list_(pa.float32())),
-        pa.field("source", pa.string()),
-        pa.field("output_version", pa.string()),
-        pa.field("run", pa.string()),
-        pa.field("published_at", pa.timestamp("us", tz="UTC")),
-    ]
-)
 
 #: The shards of one model in a table, with their number of rows.
 PUBLISHED_SCHEMA = pa.schema(

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
-from pipeline.config import ConfigError, InputUris
+from pipeline.config import ConfigError
 from pipeline.publish.delta import DeltaTable
 from pipeline.publish.iceberg import IcebergTable
 from pipeline.publish.label_table import Increment, LabelTable, TableChangedError
@@ -98,12 +98,10 @@ def _open_table(partition: Partition, to: str) -> LabelTable:
         return IcebergTable(name, partition.model)
     if kind != "delta" or not name:
         raise ConfigError(f"--to {to}: expected delta:URI or iceberg:CATALOG.NAMESPACE.TABLE")
-    uri, inputs = normalize_uri(name), InputUris.of_record({"config": partition.config()})
-    locations = {"output": InputUris.parse(partition.uri.rpartition("/")[0]), "input": inputs}
-    for place, uris in locations.items():
+    uri = normalize_uri(name)
+    if place := partition.overlap(uri):
         # Readers, and Delta's VACUUM, would confuse the table with other files.
-        if uris is not None and (uris.covers(uri) or any(is_under(root, uri) for root in uris.roots)):
-            raise ConfigError(f"{uri}: the table must be outside the {place} {uris}, and not contain it")
+        raise ConfigError(f"{uri}: the table must be outside the {place}, and not contain it")
     return DeltaTable(partition.storage, uri, partition.model)
 
 
@@ -123,7 +121,8 @@ def _publish(
     own = published.filter(is_own)
     shards = pc.unique(own["shard"])
     outdated = labeled if rebuild else labeled.filter(pc.invert(_is_current(table, own, labeled)))
-    added, pending = _split_by_presence(partition, outdated)
+    is_present = partition.has_versions(outdated)
+    added, pending = outdated.filter(is_present), outdated["uri"].filter(pc.invert(is_present))
     replaced = shards.filter(pc.is_in(shards, value_set=added["uri"]))
     remaining = added["uri"] if rebuild else labeled["uri"]
     removed = shards.filter(pc.invert(pc.is_in(shards, value_set=remaining)))
@@ -159,13 +158,3 @@ def _is_current(table: LabelTable, own: pa.Table, labeled: pa.Table) -> pa.Chunk
         cause = f"the table was edited: rows of shard {edited[0]} were deleted or added"
         raise StorageError(table.name, f"{cause}; replace all rows of this partition with --rebuild")
     return is_current
-
-
-def _split_by_presence(partition: Partition, shards: pa.Table) -> tuple[pa.Table, pa.ChunkedArray]:
-    """Returns the shards whose prediction file has the manifest's version, and the URIs of the others."""
-    start = len(partition.uri) + 1
-    files = partition.prediction_files() if len(shards) else ()
-    versions = {info.uri[start:]: info.version for info in files}
-    pairs = zip(shards["output"].to_pylist(), shards["output_version"].to_pylist(), strict=True)
-    is_present = pa.array([versions.get(output) == version for output, version in pairs], pa.bool_())
-    return shards.filter(is_present), shards["uri"].filter(pc.invert(is_present))

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.commit import Partition
-from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.storage import content_errors
 
 #: By class, then the lowest score first: a filter on label, or on label and score, reads few row groups of a

@@ -160,7 +160,7 @@ class Dataset:
         Args:
             version: Delta's version or Iceberg's snapshot id; None for the current one.
         """
-        from pipeline.publish.label_table import LABEL_SCHEMA
+        from pipeline.predictions import LABEL_SCHEMA
 
         if self.version() is None:
             return LABEL_SCHEMA.empty_table()

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.config import ConfigError
-from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.pipeline.publish.tables import TABLE_COLUMNS, Dataset, Datasets, needs_format, sorted_rows

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pytest
 
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.publish.delta import DeltaTable
 from pipeline.publish.iceberg import IcebergTable
 from pipeline.publish.label_table import (
-    LABEL_SCHEMA,
     PUBLISHED_SCHEMA,
     TOKEN_KEY,
     Increment,

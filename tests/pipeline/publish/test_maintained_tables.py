@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.storage import StorageError
 from tests.pipeline.publish.tables import Dataset, Datasets, WatchedStorage, add_catalog, changes
 

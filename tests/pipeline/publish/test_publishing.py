@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import ConfigError
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.publish import TableBusyError
-from pipeline.publish.label_table import LABEL_SCHEMA
 from pipeline.storage import ObjectInfo, StorageError
 from tests.pipeline.publish.tables import TABLE_COLUMNS, Dataset, WatchedStorage, changes, predictions
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
-from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.predictions import LABEL_SCHEMA
 from tests.partitions import make_predictions
 from tests.pipeline.publish.duckdb_extensions import connect_with_extension
 from tests.pipeline.publish.tables import FORMATS, LABELS, Dataset, Rows, needs_format, predictions

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.publish.label_table import LABEL_SCHEMA
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.publish.rows import read_sorted_rows
 from tests.pipeline.publish.tables import Dataset, sorted_rows
 
