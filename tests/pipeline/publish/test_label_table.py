@@ -141,7 +141,21 @@ def test_many_removed_shards_fit_into_a_transaction(local: Dataset) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["it's", "a b", "100 %", "ü/ö", "a=b", "a'; DROP TABLE labels; --", "日本", "\\"]
+    "name",
+    [
+        "it's",
+        "a b",
+        "100 %",
+        "%20",
+        "ü/ö",
+        "a=b",
+        "a#b",
+        "a?b:c",
+        "[x]|^",
+        "a'; DROP TABLE labels; --",
+        "日本",
+        "\\",
+    ],
 )
 def test_model_and_shards_may_have_any_name(local: Dataset, name: str) -> None:
     table = open_table(local, name)
