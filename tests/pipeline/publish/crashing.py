@@ -135,17 +135,19 @@ class SavedTable:
 
     def __init__(self, dataset: Dataset, catalog: Path) -> None:
         self._dataset, self._catalog, self._copy = dataset, catalog, catalog.with_suffix(".saved")
-        self._objects = {uri: dataset.storage.read(uri) for uri in dataset.objects(dataset.table)}
+        self._versions = dataset.objects(dataset.table)
+        self._contents = {uri: dataset.storage.read(uri) for uri in self._versions}
         if catalog.exists():
             shutil.copy(catalog, self._copy)
 
     def restore(self) -> None:
         """Makes the table what it was."""
         storage, now = self._dataset.storage, self._dataset.objects(self._dataset.table)
-        for uri in now.keys() - self._objects.keys():
+        for uri in now.keys() - self._versions.keys():
             storage.delete(uri)
-        for uri in self._objects.keys() - now.keys():
-            storage.write(uri, self._objects[uri])
+        for uri, content in self._contents.items():
+            if now.get(uri) != self._versions[uri]:
+                storage.write(uri, content)
         self._catalog.unlink(missing_ok=True)
         if self._copy.exists():
             shutil.copy(self._copy, self._catalog)

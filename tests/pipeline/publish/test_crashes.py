@@ -147,6 +147,32 @@ def test_publication_killed_at_any_write_is_completed_by_the_next(scene: Scene, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scene", ["delta"], indirect=True)
+def test_vacuum_removes_the_files_of_killed_publications(scene: Scene) -> None:
+    def is_deletion_of_probe(step: Step) -> bool:
+        return step.name.startswith("DELETE") and not step.is_done
+
+    dataset = scene.dataset
+    for where in (is_deletion_of_probe, before_commit):
+        assert (
+            scene.publish(lambda step, process, where=where: kill(process, step) if where(step) else None)
+            is None
+        )
+    dataset.publish()
+    scene.check_finished()
+    table = dataset.delta()
+
+    def orphans() -> list[str]:
+        files = {*dataset.files(), *dataset.objects(f"{dataset.table}/_delta_log")}
+        return sorted(uri.rpartition("/")[2][:5] for uri in dataset.objects(dataset.table).keys() - files)
+
+    assert orphans() == ["cvt-l", "part-"]
+    table.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False, full=True)
+    assert orphans() == []
+    scene.check_finished()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "increment"])
 def test_fault_of_any_write_is_survived_or_reported(scene: Scene, is_first: bool) -> None:
     """A write loses its answer, or fails in another way."""
@@ -182,6 +208,29 @@ def test_fault_of_the_commit_of_a_delta_table_is_survived_or_reported(scene: Sce
     outcome = scene.publish()
     assert outcome is not None
     assert (outcome.error is None) == (kind != "reset"), outcome
+    scene.check(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", ["delta"], indirect=True)
+def test_checkpoint_after_the_commit_of_a_delta_table_may_fail(scene: Scene) -> None:
+    """A checkpoint only makes reading faster."""
+    scene.dataset.publish()
+    scene.dataset.delta().alter.set_table_properties({"delta.checkpointInterval": "1"})
+    scene.publish_first()
+    numbers = [n for n, step in enumerate(scene.steps()) if step.is_write and "checkpoint" in step.name]
+    assert len(numbers) == 4
+    for number in numbers:
+        scene.restore()
+        assert scene.publish(scene.at(number, lambda step, process: kill(process, step))) is None
+        scene.check(None)
+    scene.restore()
+    scene.proxy.always(
+        "denied", where=lambda request: request.method == "PUT" and "checkpoint" in request.path
+    )
+    outcome = scene.publish()
+    assert outcome == Outcome(scene.dataset.version(), True)
+    assert scene.proxy.injected["denied"]
     scene.check(outcome)
 
 
@@ -243,6 +292,21 @@ def test_publishers_of_two_datasets_or_models_collide_and_both_succeed(scene: Sc
     outcome = publish_in_child(two, scene.proxy, once(before_commit, one.publish))
     assert outcome == Outcome(one.version(), True)
     check()
+
+
+@pytest.mark.slow
+def test_reported_version_is_that_of_the_publication(scene: Scene) -> None:
+    """Another model is published before the publication gets the response to its commit."""
+    scene.publish_first()
+    other = Dataset(f"{scene.dataset.root}/two", "cvt-00000002", table_of=scene.dataset)
+    other.label(a=3)
+
+    def after_commit(step: Step) -> bool:
+        is_commit = step.is_table_commit if other.format == "delta" else step.name == "COMMIT"
+        return is_commit and step.is_done
+
+    outcome = scene.publish(once(after_commit, other.publish))
+    assert outcome == Outcome(scene.dataset.history()[-2][0], True)
 
 
 @pytest.mark.slow
