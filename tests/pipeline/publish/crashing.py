@@ -80,9 +80,12 @@ Reaction = Callable[[Step, int], None]
 
 
 def publish_in_child(
-    dataset: Dataset, proxy: FaultProxy, react: Reaction = lambda *_: None
+    dataset: Dataset,
+    proxy: FaultProxy,
+    react: Reaction = lambda *_: None,
+    kill_after_s: float | None = None,
 ) -> Outcome | None:
-    """Publishes a dataset in a bucket in a child process, through a proxy; returns None if it was killed.
+    """Publishes a dataset in a child process, through a proxy; returns None if the process was killed.
 
     The child waits while `react` runs. (A publication in this process would block: deltalake holds the global
     lock of Python during some requests, and the proxy needs the lock.)
@@ -95,6 +98,8 @@ def publish_in_child(
     child = _context().Process(target=_publish, args=(environment, dataset.uri, dataset.to, there))
     child.start()
     there.close()
+    timer = threading.Timer(kill_after_s or 3600, child.kill)
+    timer.start()
     lock, outcome = threading.Lock(), None
 
     def reached(step: Step) -> None:
@@ -116,10 +121,11 @@ def publish_in_child(
     except (EOFError, ConnectionError):
         pass  # the child was killed
     finally:
+        timer.cancel()
         child.join(60)
         proxy.before = proxy.after = lambda _: None
         here.close()
-    assert child.exitcode == (0 if outcome else -signal.SIGKILL)
+    assert outcome is not None or child.exitcode == -signal.SIGKILL, child.exitcode
     return outcome
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,7 +104,7 @@ class Scene:
         version = self.dataset.version()
         done = self.dataset.publish()
         assert (done.published_at, done.version, self.dataset.version()) == (None, version, version)
-        for version, _ in self.dataset.history()[-3:]:
+        for version, _ in self.dataset.history()[-2:]:
             assert self.dataset.published(version) in ([], self.old, self.new)
 
 
@@ -147,6 +148,27 @@ def test_publication_killed_at_any_write_is_completed_by_the_next(scene: Scene, 
 
 
 @pytest.mark.slow
+def test_publication_in_a_folder_killed_at_any_time_is_completed_by_the_next(
+    local: Dataset, proxy: FaultProxy
+) -> None:
+    local.label(same=3)
+    start = time.monotonic()
+    publish_in_child(local, proxy)
+    duration, states = time.monotonic() - start, [Rows(), local.labels()]
+    for number in range(8):
+        local.label(remove=[f"extra{number - 1}"] * (number > 0), same=number + 4)
+        local.label(predictions(local.shard(f"extra{number}"), 2))
+        states.append(local.labels())
+        publish_in_child(local, proxy, kill_after_s=duration * (number + 1) / 8)
+        assert local.published() in states[-2:]
+        local.publish()
+        assert local.published() == states[-1]
+        assert local.publish().published_at is None
+    for version, _ in local.history():
+        assert local.published(version) in states
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", ["delta"], indirect=True)
 def test_vacuum_removes_the_files_of_killed_publications(scene: Scene) -> None:
     def is_deletion_of_probe(step: Step) -> bool:
@@ -179,7 +201,7 @@ def test_fault_of_any_write_is_survived_or_reported(scene: Scene, is_first: bool
     if not is_first:
         scene.publish_first()
     writes = [step for step in scene.steps() if step.is_write and not step.is_done and step.name != "COMMIT"]
-    chosen = range(len(writes) - 1, -1, -max(1, len(writes) // 6))
+    chosen = range(len(writes) - 1, -1, -max(1, len(writes) // 4))
     for number, kind in zip(chosen, itertools.cycle(FAULTS), strict=False):
         scene.restore()
         numbers = itertools.count()
@@ -319,7 +341,7 @@ def test_publisher_may_be_overtaken_at_any_step(scene: Scene, is_first: bool) ->
     for number, step in enumerate(scene.steps()):
         is_chosen = step.is_visible_write if is_first else step.is_table_commit
         # A commit of the SQL catalog locks the catalog.
-        if step.is_done or step.name == "COMMIT" or not (is_chosen or number % 24 == 0):
+        if step.is_done or step.name == "COMMIT" or not (is_chosen or number % 48 == 0):
             continue
         scene.restore()
         outcome = scene.publish(scene.at(number, lambda *_: others.append(scene.dataset.publish())))
