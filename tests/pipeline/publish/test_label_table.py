@@ -75,13 +75,14 @@ def test_commit_adds_rows_of_several_tables_and_removes_others(local: Dataset) -
     open_table(local).commit(Increment([make_rows("a", "b"), make_rows("c", "d")], NOW, "shard", []))
     open_table(local, "o").commit(Increment([make_rows("a", model="o")], NOW, "shard", []))
     later = NOW.replace(microsecond=1)
-    rows = make_rows("b", version="w").set_column(
+    rows = make_rows("b", "n", version="w").set_column(
         LABEL_SCHEMA.get_field_index("published_at"),
         LABEL_SCHEMA.field("published_at"),
-        pa.repeat(pa.scalar(later, pa.timestamp("us", "UTC")), 1),
+        pa.repeat(pa.scalar(later, pa.timestamp("us", "UTC")), 2),
     )
     open_table(local).commit(Increment([rows], later, "shard", ["b", "c", "unknown"]))
-    assert published(open_table(local)) == [("a", "s", "v", 1), ("b", "s", "w", 1), ("d", "s", "v", 1)]
+    expected = [("a", "s", "v", 1), ("b", "s", "w", 1), ("d", "s", "v", 1), ("n", "s", "w", 1)]
+    assert published(open_table(local)) == expected
     open_table(local).commit(Increment([], later, "source", ["s"]))
     assert published(open_table(local)) == []
     assert published(open_table(local, "o")) == [("a", "s", "v", 1)]

@@ -165,13 +165,13 @@ def test_deleted_shard_is_added_again(both: Datasets) -> None:
     assert one.published() == both.labels()
 
 
-def test_rows_of_another_version_are_replaced(both: Datasets) -> None:
-    """Another program appended old rows again."""
+@pytest.mark.parametrize("version", ["", "~"], ids=["lower", "higher"])
+def test_rows_of_another_version_are_replaced(both: Datasets, version: str) -> None:
+    """Another program appended rows of the shard with another version."""
     one, _ = both
-    old = one.rows().filter(pc.field("shard") == one.shard("b"))
-    one.label(b=4)
-    one.publish()
-    append(one, old)
+    rows = one.rows().filter(pc.field("shard") == one.shard("b"))
+    column = rows.column_names.index("output_version")
+    append(one, rows.set_column(column, rows.schema.field(column), pa.repeat(version, len(rows))))
     assert changes(one.publish(), one.root) == {"added": ["b"], "replaced": ["b"]}
     assert one.published() == both.labels()
 
