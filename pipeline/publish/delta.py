@@ -3,6 +3,7 @@
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -96,11 +97,13 @@ class DeltaTable(LabelTable):
     def _create(self) -> None:
         """Creates an empty table, unless there is one by now."""
         import deltalake
+        from deltalake.exceptions import CommitFailedError
 
         probe = f"{self._uri}/cvt-label-probe-{secrets.token_hex(8)}"  # VACUUM removes orphaned probes
         self._storage.update(probe, lambda _: b"", ABSENT)  # refuses a store without conditional writes
         self._storage.delete(probe)
-        with library_errors(self.name, "the table cannot be created"):
+        # The commit fails if another writer creates the table meanwhile.
+        with library_errors(self.name, "the table cannot be created"), suppress(CommitFailedError):
             deltalake.DeltaTable.create(
                 self._uri,
                 deltalake.Schema.from_arrow(LABEL_SCHEMA),

@@ -1,4 +1,4 @@
-"""`Partition.read_shards`: rows of shards in order, read ahead in threads within a size."""
+"""`Partition`: rows of shards in order, read ahead in threads within a size; present files; overlaps."""
 
 from __future__ import annotations
 
@@ -130,3 +130,31 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     known = known.set_column(known.column_names.index("output_version"), "output_version", version)
     with pytest.raises(StorageError, match=rf"^{path}: not a file of prediction rows: "):
         list(partition.read_shards(known, COLUMNS, 10**9))
+
+
+def test_replaced_and_deleted_files_lack_the_version_of_the_manifest(tmp_path: Path) -> None:
+    partition = write(tmp_path, 4)
+    known = shards(partition)
+    assert partition.has_versions(known).to_pylist() == [True] * 4
+    paths = [Path(partition.uri, output.as_py()) for output in known["output"]]
+    paths[1].write_bytes(paths[1].read_bytes() + b" ")
+    paths[2].unlink()
+    assert partition.has_versions(known).to_pylist() == [True, False, False, True]
+    assert partition.has_versions(known.slice(0, 0)).to_pylist() == []
+
+
+def test_folder_in_or_around_output_and_input_overlaps(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/out/model=m-00000001"
+    record = {"config": {"input": {"uri": f"{tmp_path}/in/photos"}}}
+    write_partition(Storage(), uri, ["cat"], [{"a": make_predictions("a", ["cat"], [0])}], record)
+    partition = Partition.open(Storage(), uri)
+    places = {
+        "out": f"output {tmp_path}/out",
+        "out/table": f"output {tmp_path}/out",
+        "in/photos/table": f"input {tmp_path}/in/photos",
+        "in": f"input {tmp_path}/in/photos",
+        "table": None,
+        "out2": None,
+    }
+    assert {name: partition.overlap(f"{tmp_path}/{name}") for name in places} == places
+    assert partition.overlap(str(tmp_path)) is not None

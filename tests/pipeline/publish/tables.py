@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.commit import Partition
-from pipeline.predictions import prediction_path
+from pipeline.predictions import LABEL_SCHEMA, prediction_path
 from pipeline.publish import Publication, publish_labels
 from pipeline.storage import ObjectNotFound, Storage
 from tests.partitions import make_predictions, write_partition
@@ -160,8 +160,6 @@ class Dataset:
         Args:
             version: Delta's version or Iceberg's snapshot id; None for the current one.
         """
-        from pipeline.predictions import LABEL_SCHEMA
-
         if self.version() is None:
             return LABEL_SCHEMA.empty_table()
         if self.format == "delta":
