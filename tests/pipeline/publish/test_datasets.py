@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
+from pipeline.publish import Publication
 from pipeline.storage import StorageError
 from tests.pipeline.publish.tables import Dataset, Datasets, WatchedStorage, changes
 
@@ -162,7 +164,13 @@ def test_concurrent_first_publications_of_models_succeed(local: Dataset) -> None
     assert local.version() is None  # this prepares the SQL catalog, which fails in several threads
     for each in several:
         each.label(a=3)
+    start = Barrier(4)
+
+    def publish(dataset: Dataset) -> Publication:
+        start.wait(60)
+        return dataset.publish()
+
     with ThreadPoolExecutor(4) as pool:
-        assert all(done.published_at for done in pool.map(Dataset.publish, several))
+        assert all(done.published_at for done in pool.map(publish, several))
     assert rows_by_model(local) == {each.partition.model: 3 for each in several}
     assert all(each.publish().published_at is None for each in several)
