@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import string
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,11 @@ import pytest
 
 from jobs.local_s3 import LocalS3
 from pipeline.config import ConfigError
-from pipeline.predictions import LABEL_SCHEMA
 from pipeline.storage import Storage, StorageError
 from tests.fault_proxy import FaultProxy
-from tests.pipeline.publish.tables import TABLE_COLUMNS, Dataset, Datasets, needs_format, sorted_rows
+from tests.pipeline.publish.tables import Dataset, needs_format
 
 needs_format("delta")
-import deltalake  # noqa: E402
 
 
 @pytest.fixture
@@ -176,71 +172,3 @@ def test_constraint_that_rows_violate_is_reported(dataset: Dataset) -> None:
         dataset.publish()
     assert "\n" not in str(raised.value)
     assert dataset.published() == before
-
-
-def delete_by_vector(dataset: Dataset, row: int) -> None:
-    """Deletes one row of the newest data file by a deletion vector, as Spark does."""
-    dataset.delta().alter.add_feature(
-        deltalake.TableFeatures.DeletionVectors, allow_protocol_versions_increase=True
-    )
-    # A bitmap per 2**32 rows; in it one container with an array of one number.
-    bitmap = struct.pack("<IQIIIHHIH", 1681511377, 1, 0, 12346, 1, 0, 0, 16, row)
-    vector = bitmap.ljust(-(-len(bitmap) // 4) * 4, b"\0")
-    version = dataset.delta().version()
-    newest = next(number for number in range(version, 0, -1) if "add" in str(actions(dataset, number)))
-    [add] = [action["add"] for action in actions(dataset, newest) if "add" in action]
-    removed = {"path": add["path"], "dataChange": True, "deletionTimestamp": add["modificationTime"]}
-    found = {
-        "storageType": "i",
-        "pathOrInlineDv": z85(vector),
-        "sizeInBytes": len(bitmap),
-        "cardinality": 1,
-    }
-    lines = [{"remove": removed}, {"add": add | {"deletionVector": found}}]
-    log = Path(dataset.table, "_delta_log", f"{version + 1:020d}.json")
-    log.write_text("\n".join(map(json.dumps, lines)))
-
-
-def z85(data: bytes) -> str:
-    """Encodes bytes as Delta's protocol does (ZeroMQ's variant of base 85)."""
-    alphabet = string.digits + string.ascii_letters + ".-:+=^!/*?&<>()[]{}@%$#"
-    numbers = (int.from_bytes(data[start : start + 4], "big") for start in range(0, len(data), 4))
-    return "".join(alphabet[number // 85**place % 85] for number in numbers for place in range(4, -1, -1))
-
-
-def query(dataset: Dataset) -> pa.Table:
-    """Returns all rows by DataFusion, which reads deletion vectors."""
-    found = deltalake.QueryBuilder().register("t", dataset.delta()).execute("SELECT * FROM t").read_all()
-    return pa.table(found).cast(LABEL_SCHEMA).drop_columns(TABLE_COLUMNS)
-
-
-def test_row_that_a_deletion_vector_deletes_is_found(dataset: Dataset) -> None:
-    delete_by_vector(dataset, 3)
-    assert len(query(dataset)) == 10
-    with pytest.raises(StorageError, match=r"the table was edited: rows of shard .* were deleted"):
-        dataset.publish()
-    dataset.publish(rebuild=True)
-    assert sorted_rows([query(dataset)]) == dataset.labels()
-
-
-def test_row_that_a_deletion_vector_deletes_stays_deleted(tmp_path: Path) -> None:
-    """A publication of another dataset rewrites the file of the row."""
-    one, two = both = Datasets(Dataset(str(tmp_path)))
-    two.label(remove=["z"])
-    one.publish()
-    two.publish()
-    one.delta().optimize.compact()
-    [rows] = one.files().values()
-    row = rows["shard"].to_pylist().index(two.shard("a"))
-    delete_by_vector(one, row)
-    one.label(b=3)
-    one.publish()
-    expected = [each for each in both.labels() if each != {**each, **two_row(rows, row)}]
-    assert sorted_rows([query(one)]) == expected
-    assert len(expected) == len(both.labels()) - 1
-
-
-def two_row(rows: pa.Table, row: int) -> dict[str, Any]:
-    """Returns shard and index of a row."""
-    [found] = rows.slice(row, 1).select(["shard", "index"]).to_pylist()
-    return dict(found)
