@@ -45,7 +45,7 @@ class IcebergTable(LabelTable):
             self._table = table = self._catalog.load_table(self._identifier)
             schema, snapshot = table.schema().as_arrow(), table.current_snapshot()
         self.version = snapshot.snapshot_id if snapshot is not None else None
-        partitions = [f"{field.transform}({field.name})" for field in table.spec().fields]
+        partitions = _partitions(table.spec())
         self._check_columns(schema, ["model"] if partitions == ["identity(model)"] else partitions)
         if (level := table.properties.get(_ISOLATION, "serializable")) != "serializable":
             raise StorageError(self.name, f"the table has {_ISOLATION}={level}; set it to serializable")
@@ -58,6 +58,9 @@ class IcebergTable(LabelTable):
             return found
         with library_errors(self.name, "cannot be read"):
             for task in self._table.scan(EqualTo("model", self._model)).plan_files():
+                if "identity(model)" not in _partitions(self._table.specs()[task.file.spec_id]):
+                    cause = "has files that are not partitioned by model; publish to a new table"
+                    raise StorageError(self.name, f"the table {cause}")
                 counts = self._read(task, *keys).group_by(keys).aggregate([([], "count_all")])
                 counts = counts.rename_columns(PUBLISHED_SCHEMA.names).cast(PUBLISHED_SCHEMA)
                 found = pa.concat_tables([found, counts])
@@ -148,6 +151,10 @@ class IcebergTable(LabelTable):
                 spec.add_identity("model")
             with transaction.update_sort_order() as order:
                 order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
+
+
+def _partitions(spec: Any) -> list[str]:
+    return [f"{field.transform}({field.name})" for field in spec.fields]
 
 
 def _ensure(exists: Callable[[], bool], create: Callable[[], object]) -> None:

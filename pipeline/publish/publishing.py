@@ -68,7 +68,7 @@ def publish_labels(
         to: `delta:URI`, or `iceberg:CATALOG.NAMESPACE.TABLE` with a catalog of pyiceberg's configuration.
         rebuild: replace all rows of the partition. By default, a table that lacks rows is refused.
         embedding: whether to publish embeddings, if the predictions have any.
-        memory_bytes: memory for rows. A quarter of it is the size of the rows of one file.
+        memory_bytes: memory for rows. A quarter of it, at most 1 GiB, is the size of the rows of one file.
 
     Raises:
         ConfigError: `to` is not valid, or the table is in the output or the input, or contains one of them.
@@ -106,20 +106,28 @@ def _open_table(partition: Partition, to: str) -> LabelTable:
 
 
 def _publish(
-    partition: Partition, table: LabelTable, rebuild: bool, embedding: bool, memory_bytes: int
+    partition: Partition,
+    table: LabelTable,
+    rebuild: bool,
+    embedding: bool,
+    memory_bytes: int,
+    keep_pending: bool = False,
 ) -> Publication:
-    """Makes one attempt; raises `TableChangedError` if another writer commits first."""
+    """Makes one attempt; raises `TableChangedError` if another writer commits first.
+
+    With `keep_pending`, `ObjectChanged` is raised if a rebuild would remove pending shards.
+    """
     source, published = partition.uri, table.read_published()
     # The manifest is read after the table: all shards that others have published are labeled in it.
     labeled = partition.manifest.labeled(("uri", "rows", "output", "output_version", "run"))
     is_own = pc.fill_null(pc.equal(published["source"], source), False)
-    others = published.filter(pc.invert(is_own))
-    if conflicts := others.filter(pc.is_in(others["shard"], value_set=labeled["uri"])).to_pylist():
+    own, others = published.filter(is_own), published.filter(pc.invert(is_own))
+    shards = pc.unique(own["shard"]).drop_null()
+    is_duplicate = pc.or_(*(pc.is_in(others["shard"], value_set=uris) for uris in (labeled["uri"], shards)))
+    if conflicts := others.filter(is_duplicate).to_pylist():
         cause = f"the table already has shard {conflicts[0]['shard']} from {conflicts[0]['source']}"
         remedy = "publish to another table, or delete the rows of the other source first"
         raise StorageError(table.name, f"{cause}; {remedy}")
-    own = published.filter(is_own)
-    shards = pc.unique(own["shard"])
     outdated = labeled if rebuild else labeled.filter(pc.invert(_is_current(table, own, labeled)))
     is_present = partition.has_versions(outdated)
     added, pending = outdated.filter(is_present), outdated["uri"].filter(pc.invert(is_present))
@@ -127,7 +135,9 @@ def _publish(
     remaining = added["uri"] if rebuild else labeled["uri"]
     removed = shards.filter(pc.invert(pc.is_in(shards, value_set=remaining)))
     if not rebuild and len(replaced) + len(removed) > _MAX_DROPPED:
-        return _publish(partition, table, True, embedding, memory_bytes)
+        return _publish(partition, table, True, embedding, memory_bytes, keep_pending=True)
+    if keep_pending and pc.any(pc.is_in(removed, value_set=pending)).as_py():
+        raise ObjectChanged(partition.uri, "published labels changed after the manifest was written")
     if not len(added) and not len(removed):
         return Publication(table.name, table.version, None, added, replaced, removed, pending)
     now = datetime.now(UTC)

@@ -13,6 +13,8 @@ from pipeline.storage import content_errors
 #: By class, then the lowest score first: a filter on label, or on label and score, reads few row groups of a
 #: file. Shard and index make the order unique.
 _SORT_KEYS = [("label", "ascending"), ("score", "ascending"), ("shard", "ascending"), ("index", "ascending")]
+#: Larger tables make files that are too large; over 2 GiB, Arrow cannot sort strings.
+_MAX_TABLE_BYTES = 1024**3
 
 
 def read_sorted_rows(
@@ -20,17 +22,17 @@ def read_sorted_rows(
 ) -> Iterator[pa.Table]:
     """Yields the rows of shards of the manifest with `LABEL_SCHEMA`, in sorted tables of about `table_bytes`.
 
-    A table has the rows of successive shards, so that a change of a shard concerns few files. Columns in
-    `constants` are not read, and have this value in all rows. Reading ahead takes `table_bytes` more.
-    Raises `StorageError`; an `ObjectChanged` or `ObjectNotFound` if labels were replaced.
+    A table has at most 1 GiB, and the rows of successive shards, so that a change concerns few files.
+    Columns in `constants` are not read, and have this value in all rows. Reading ahead takes `table_bytes`
+    more. Raises `StorageError`; an `ObjectChanged` or `ObjectNotFound` if labels were replaced.
     """
     names = [name for name in LABEL_SCHEMA.names if name not in constants]
-    batch, size = list[pa.Table](), 0
+    batch, size, limit = list[pa.Table](), 0, min(table_bytes, _MAX_TABLE_BYTES)
     for shard, rows in partition.read_shards(shards, names, table_bytes):
         values = {**constants, "output_version": shard["output_version"], "run": shard["run"]}
         with content_errors(f"{partition.uri}/{shard['output']}", "a file of prediction rows"):
             part = _add_columns(rows, values)
-        if batch and size + part.nbytes > table_bytes:
+        if batch and size + part.nbytes > limit:
             yield _concat_sorted(batch)
             size = 0
         batch.append(part)

@@ -6,6 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import pyarrow as pa
 import pytest
 
 from pipeline.publish import Publication
@@ -88,6 +89,26 @@ def test_shard_of_two_partitions_is_refused_and_the_other_one_is_named(both: Dat
     one.publish()
     duplicate.publish()
     assert len(one.published()) == len(one.labels()) + 5
+
+
+def test_deleted_shard_is_refused_if_another_partition_has_rows_of_it(both: Datasets) -> None:
+    """The owner of the table added these rows. `publish` never changes rows of another source."""
+    one, _ = both
+    one.publish()
+    rows = one.rows().slice(0, 1)
+    source = rows.schema.get_field_index("source")
+    rows = rows.set_column(source, rows.schema.field(source), pa.array(["elsewhere"], pa.string()))
+    if one.format == "delta":
+        import deltalake
+
+        deltalake.write_deltalake(one.table, rows, mode="append")
+    else:
+        one.iceberg().append(rows)
+    one.label(remove=[rows["shard"][0].as_py().rpartition("/")[2]])
+    before = one.rows().num_rows
+    with pytest.raises(StorageError, match="from elsewhere; publish to another table"):
+        one.publish()
+    assert one.rows().num_rows == before
 
 
 def test_shards_of_two_partitions_at_once_are_refused(both: Datasets) -> None:

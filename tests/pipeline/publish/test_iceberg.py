@@ -139,6 +139,24 @@ def test_other_partition_specs_in_the_history_are_kept(dataset: Dataset) -> None
     assert dataset.published() == dataset.labels()
 
 
+def test_files_with_rows_of_several_models_are_refused(dataset: Dataset) -> None:
+    """Rewriting such a file would move the rows of other models into the partition of this model."""
+    other = Dataset(f"{dataset.root}/two", "cvt-00000002", table_of=dataset)
+    other.label(x=3)
+    dataset.publish()
+    other.publish()
+    rows, catalog = dataset.rows(), dataset.catalog()
+    copied = catalog.create_table("ns.copied", dataset.iceberg().schema())
+    copied.append(rows)
+    with copied.update_spec() as spec:
+        spec.add_identity("model")
+    dataset.to = dataset.to.replace("ns.table", "ns.copied")
+    dataset.label(a=3)
+    with pytest.raises(StorageError, match="has files that are not partitioned by model; publish to a new"):
+        dataset.publish()
+    assert catalog.load_table("ns.copied").scan().to_arrow().num_rows == len(rows)
+
+
 def test_unreachable_catalog_is_reported_without_secrets(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -445,6 +445,23 @@ def test_more_changes_than_a_transaction_lists_replace_all_rows(
     assert local.publish().published_at is None
 
 
+def test_more_changes_than_a_transaction_lists_remove_no_pending_shard(
+    local: Dataset, monkeypatch: pytest.MonkeyPatch, without_pauses: None
+) -> None:
+    monkeypatch.setattr("pipeline.publish.publishing._MAX_DROPPED", 1)
+    local.label(a=5, b=6, c=5)
+    local.publish()
+    old = local.published()
+    local.label(a=3, b=4)
+    os.utime(local.prediction_uri("c"), ns=(1, 1))
+    with pytest.raises(TableBusyError, match="published labels changed after the manifest was written"):
+        local.publish()
+    assert local.published() == old
+    local.label(c=7)
+    local.publish()
+    assert local.published() == local.labels()
+
+
 @pytest.mark.parametrize("rows", [200, 3000])
 def test_memory_holds_a_bounded_number_of_rows(local: Dataset, rows: int) -> None:
     """Small shards are read ahead in threads, and large ones by one row group at a time."""

@@ -52,6 +52,13 @@ def test_shard_over_the_size_is_a_table_of_its_own(dataset: Dataset) -> None:
     assert [len(table) for table in read(dataset, 1)] == [3, 4, 5]
 
 
+def test_size_of_tables_has_a_maximum(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow cannot sort a column of strings over 2 GiB."""
+    monkeypatch.setattr("pipeline.publish.rows._MAX_TABLE_BYTES", 1)
+    dataset.label(a=3, b=4)
+    assert [len(table) for table in read(dataset, 64 * 1024**3)] == [3, 4]
+
+
 def test_constants_replace_columns(dataset: Dataset) -> None:
     dataset.embedding = "float16"
     dataset.label(a=3)
