@@ -35,7 +35,7 @@ def publish(
     without_embedding: Annotated[
         bool, typer.Option("--without-embedding", help="Leave out the embedding column of the labels.")
     ] = False,
-    memory: MemoryOption = "2GiB",
+    memory: MemoryOption = "4GiB",
 ) -> None:
     """Publish the labels of a partition as rows of a Delta Lake or Iceberg table.
 

@@ -32,7 +32,7 @@ def publish(
         _FORMATS
     ),
     s3: Annotated[bool, typer.Option("--s3", help="Store labels and tables on a local S3 server.")] = False,
-    memory: MemoryOption = "2GiB",
+    memory: MemoryOption = "4GiB",
     output: figures.OutputOption = None,
 ) -> None:
     """Measure the publication of labels as tables.

@@ -2,7 +2,7 @@
 
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -10,13 +10,15 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import ConfigError
-from pipeline.predictions import LABEL_SCHEMA, ROW_GROUP_ROWS
+from pipeline.predictions import LABEL_SCHEMA
 from pipeline.publish.label_table import PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
 from pipeline.storage import ABSENT, Storage, consume_in_thread, library_errors, require_package
 
 #: With these in the path, deltalake uses another location, or fails.
 _UNSUPPORTED = re.compile(r"[\x00-\x1f\x7f#?:\[\]\\^|]|%[0-9a-fA-F]{2}")
 _FILE_BYTES = 128 * 1024**2
+#: deltalake holds several batches, and an unfinished row group, which embeddings make large.
+_BATCH_ROWS, _ROW_GROUP_ROWS = 1024, 16_384
 _MICROSECONDS = """'Timestamp(Microsecond, Some("UTC"))'"""
 
 
@@ -61,8 +63,7 @@ class DeltaTable(LabelTable):
         return found.cast(PUBLISHED_SCHEMA)
 
     def _commit(self, increment: Increment) -> int:
-        batches = (batch for rows in increment.rows for batch in rows.to_batches(ROW_GROUP_ROWS))
-        consume_in_thread(partial(self._write, increment), batches)
+        consume_in_thread(partial(self._write, increment), _batches(increment.rows))
         return int(self._table.version())
 
     def _find(self, token: str) -> int | None:
@@ -80,7 +81,7 @@ class DeltaTable(LabelTable):
             self._table,
             pa.RecordBatchReader.from_batches(LABEL_SCHEMA, batches),
             target_file_size=_FILE_BYTES,
-            writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=ROW_GROUP_ROWS),
+            writer_properties=WriterProperties(compression="ZSTD", max_row_group_size=_ROW_GROUP_ROWS),
             commit_properties=CommitProperties(
                 custom_metadata={TOKEN_KEY: increment.token},
                 app_transactions=[Transaction(app, (self._table.transaction_version(app) or 0) + 1)],
@@ -112,6 +113,12 @@ class DeltaTable(LabelTable):
                 configuration={"delta.enableChangeDataFeed": "true"},
                 storage_options=self._storage.object_store_options(self._uri),
             )
+
+
+def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
+    for rows in tables:
+        yield from rows.to_batches(_BATCH_ROWS)
+        del rows  # before the next table is made
 
 
 def _quote(text: str) -> str:

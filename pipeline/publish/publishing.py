@@ -57,7 +57,7 @@ def publish_labels(
     *,
     rebuild: bool = False,
     embedding: bool = True,
-    memory_bytes: int = 2 * 1024**3,
+    memory_bytes: int = 4 * 1024**3,
 ) -> Publication:
     """Updates a Delta Lake or Iceberg table to the manifest of a partition, in one transaction.
 
@@ -68,7 +68,7 @@ def publish_labels(
         to: `delta:URI`, or `iceberg:CATALOG.NAMESPACE.TABLE` with a catalog of pyiceberg's configuration.
         rebuild: replace all rows of the partition. By default, a table that lacks rows is refused.
         embedding: whether to publish embeddings, if the predictions have any.
-        memory_bytes: memory for rows. A quarter of it, at most 1 GiB, is the size of the rows of one file.
+        memory_bytes: memory for rows. An eighth of it, at most 1 GiB, is the size of the rows of one file.
 
     Raises:
         ConfigError: `to` is not valid, or the table is in the output or the input, or contains one of them.
@@ -106,17 +106,9 @@ def _open_table(partition: Partition, to: str) -> LabelTable:
 
 
 def _publish(
-    partition: Partition,
-    table: LabelTable,
-    rebuild: bool,
-    embedding: bool,
-    memory_bytes: int,
-    keep_pending: bool = False,
+    partition: Partition, table: LabelTable, rebuild: bool, embedding: bool, memory_bytes: int
 ) -> Publication:
-    """Makes one attempt; raises `TableChangedError` if another writer commits first.
-
-    With `keep_pending`, `ObjectChanged` is raised if a rebuild would remove pending shards.
-    """
+    """Makes one attempt; raises `TableChangedError` if another writer commits first."""
     source, published = partition.uri, table.read_published()
     # The manifest is read after the table: all shards that others have published are labeled in it.
     labeled = partition.manifest.labeled(("uri", "rows", "output", "output_version", "run"))
@@ -135,17 +127,17 @@ def _publish(
     remaining = added["uri"] if rebuild else labeled["uri"]
     removed = shards.filter(pc.invert(pc.is_in(shards, value_set=remaining)))
     if not rebuild and len(replaced) + len(removed) > _MAX_DROPPED:
-        return _publish(partition, table, True, embedding, memory_bytes, keep_pending=True)
-    if keep_pending and pc.any(pc.is_in(removed, value_set=pending)).as_py():
-        raise ObjectChanged(partition.uri, "published labels changed after the manifest was written")
+        if len(pending):  # a rebuild would remove their rows
+            raise ObjectChanged(partition.uri, "labels changed after the manifest was written")
+        return _publish(partition, table, True, embedding, memory_bytes)
     if not len(added) and not len(removed):
         return Publication(table.name, table.version, None, added, replaced, removed, pending)
     now = datetime.now(UTC)
     constants = {"model": partition.model, "source": source, "published_at": now}
     if not embedding:
         constants["embedding"] = None
-    # In memory are rows that are read ahead, rows to sort, sorted rows, and the buffers of the library.
-    rows = read_sorted_rows(partition, added, constants, memory_bytes // 4)
+    # In memory are rows that are read ahead, rows to sort, sorted rows, copies and buffers of the library.
+    rows = read_sorted_rows(partition, added, constants, memory_bytes // 8)
     condition = ("source", [source]) if rebuild else ("shard", [*replaced.to_pylist(), *removed.to_pylist()])
     version = table.commit(Increment(rows, now, *condition))
     return Publication(table.name, version, now, added, replaced, removed, pending)
