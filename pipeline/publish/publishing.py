@@ -127,8 +127,8 @@ def _publish(
     remaining = added["uri"] if rebuild else labeled["uri"]
     removed = shards.filter(pc.invert(pc.is_in(shards, value_set=remaining)))
     if not rebuild and len(replaced) + len(removed) > _MAX_DROPPED:
-        if len(pending):  # a rebuild would remove their rows
-            raise ObjectChanged(partition.uri, "labels changed after the manifest was written")
+        if not pc.all(partition.has_versions(labeled)).as_py():  # a rebuild would remove their rows
+            raise ObjectChanged(partition.uri, "published labels changed after the manifest was written")
         return _publish(partition, table, True, embedding, memory_bytes)
     if not len(added) and not len(removed):
         return Publication(table.name, table.version, None, added, replaced, removed, pending)

@@ -70,7 +70,7 @@ def test_bounds_of_shards_are_whole_uris(dataset: Dataset) -> None:
 
 def test_size_of_files_follows_from_the_memory(dataset: Dataset) -> None:
     dataset.label(**{f"s{number:02d}": 50 for number in range(20)})
-    dataset.publish(memory_bytes=4 * 60_000)
+    dataset.publish(memory_bytes=8 * 60_000)
     sizes = [table.nbytes for table in dataset.files().values()]
     assert 3 < len(sizes) < 20
     assert max(sizes) < 60_000
