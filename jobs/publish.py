@@ -37,7 +37,7 @@ def publish(
     ] = False,
     memory: MemoryOption = "4GiB",
 ) -> None:
-    """Publish the labels of a partition as rows of a Delta Lake or Iceberg table.
+    """Publish labels to a Delta Lake or Iceberg table.
 
     Each publication is one transaction with the changes since the last one. Needs `pip install
     'cvt-label[delta]'` or `'cvt-label[iceberg]'`.

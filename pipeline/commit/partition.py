@@ -22,13 +22,13 @@ from pipeline.storage import (
     is_under,
     map_in_threads,
     normalize_uri,
-    read_row_groups,
+    read_batches,
     read_table,
 )
 
 CLASS_STATS = "class_stats.parquet"
 _MAX_CLASS_STATS_BYTES = 1024**3
-_READERS = 4
+_READERS, _PART_ROWS = 4, 8192
 #: Rows in memory have at most about this many times the size of their prediction file.
 _EXPANSION = 8
 
@@ -73,7 +73,7 @@ class Partition:
     def read_shards(
         self, shards: pa.Table, columns: Sequence[str], ahead_bytes: int
     ) -> Iterator[tuple[Mapping[str, Any], pa.Table]]:
-        """Yields the prediction rows of shards, in parts of one row group, each with its shard.
+        """Yields the prediction rows of shards, in parts of at most 8,192 rows, each with its shard.
 
         Args:
             shards: rows of the manifest, with `output` and `output_version`.
@@ -112,7 +112,7 @@ class Partition:
     def _read_parts(self, info: ObjectInfo, columns: Sequence[str]) -> Iterator[pa.Table]:
         expected = content_errors(info.uri, "a file of prediction rows")
         with expected, self.storage.open(info.uri, info.version) as file:
-            yield from (rows for rows in read_row_groups(file, columns) if len(rows))
+            yield from read_batches(file, columns, _PART_ROWS)
 
     @property
     def name(self) -> str:

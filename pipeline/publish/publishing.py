@@ -94,7 +94,7 @@ def publish_labels(
 
 def _open_table(partition: Partition, to: str) -> LabelTable:
     kind, _, name = to.partition(":")
-    if kind == "iceberg" and name.count(".") >= 2:
+    if kind == "iceberg" and name.count(".") >= 2 and all(name.split(".")):
         return IcebergTable(name, partition.model)
     if kind != "delta" or not name:
         raise ConfigError(f"--to {to}: expected delta:URI or iceberg:CATALOG.NAMESPACE.TABLE")

@@ -22,7 +22,7 @@ from pipeline.storage.objects import (
     relative_name,
     require_package,
 )
-from pipeline.storage.parquet import encode_parquet, read_row_groups, read_table
+from pipeline.storage.parquet import encode_parquet, read_batches, read_row_groups, read_table
 from pipeline.storage.retrying import pause_after, retry_counts
 from pipeline.storage.temporary import temporary_folder
 from pipeline.storage.threads import consume_in_thread, map_in_threads

@@ -152,7 +152,7 @@ def is_relative(uri: str) -> bool:
 
 def is_under(uri: str, root: str) -> bool:
     """Returns whether a normalized URI equals the normalized `root` or is under `root`."""
-    return uri == root or uri.startswith(f"{root}/")
+    return uri == root or uri.startswith(f"{root.rstrip('/')}/")
 
 
 def relative_name(folder: str, uri: str) -> str:

@@ -44,8 +44,11 @@ def consume_in_thread(function: Callable[[Iterator[S]], T], items: Iterable[S]) 
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            return pool.submit(function, each()).result()
+            result = pool.submit(function, each()).result()
         except Exception as error:
             raise (failures or [error])[0] from None
         finally:
             stop.set()
+    if failures:
+        raise failures[0]
+    return result
