@@ -416,7 +416,9 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("dataset", "number"), [("delta", signal.SIGINT), ("iceberg", signal.SIGTERM)], indirect=["dataset"]
+)
 def test_signal_during_a_long_write_ends_with_130_and_leaves_no_rows(
     dataset: Dataset, number: signal.Signals
 ) -> None:

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,6 +125,15 @@ def once(where: Callable[[Step], bool], action: Callable[[], object]) -> Reactio
     return react
 
 
+def some(steps: Mapping[int, Step]) -> list[int]:
+    """Returns the numbers of the commits and of three other steps; of all with `KILL_AT_EVERY_WRITE`."""
+    if os.environ.get("KILL_AT_EVERY_WRITE"):
+        return [*steps]
+    commits = {number for number, step in steps.items() if step.is_table_commit or step.name == "COMMIT"}
+    others = [number for number in steps if number not in commits]
+    return sorted(commits.union(others[:: max(1, len(others) // 3)]))
+
+
 def before_commit(step: Step) -> bool:
     return step.is_table_commit and not step.is_done
 
@@ -139,9 +148,9 @@ def test_publication_killed_at_any_write_is_completed_by_the_next(scene: Scene, 
         """Before most writes, others see the same as after the write before."""
         return step.is_visible_write and (step.is_done or step.is_table_commit or step.name == "COMMIT")
 
-    numbers = [number for number, step in enumerate(scene.steps()) if matters(step)]
+    numbers = {number: step for number, step in enumerate(scene.steps()) if matters(step)}
     assert len(numbers) >= 4
-    for number in numbers:
+    for number in some(numbers):
         scene.restore()
         assert scene.publish(scene.at(number, lambda step, process: kill(process, step))) is None
         scene.check(None)
@@ -201,7 +210,7 @@ def test_fault_of_any_write_is_survived_or_reported(scene: Scene, is_first: bool
     if not is_first:
         scene.publish_first()
     writes = [step for step in scene.steps() if step.is_write and not step.is_done and step.name != "COMMIT"]
-    chosen = range(len(writes) - 1, -1, -max(1, len(writes) // 4))
+    chosen = range(len(writes) - 1, -1, -max(1, len(writes) // 3))
     for number, kind in zip(chosen, itertools.cycle(FAULTS), strict=False):
         scene.restore()
         numbers = itertools.count()
@@ -338,11 +347,9 @@ def test_publisher_may_be_overtaken_at_any_step(scene: Scene, is_first: bool) ->
     if not is_first:
         scene.publish_first()
     others = list[Publication]()
-    for number, step in enumerate(scene.steps()):
-        is_chosen = step.is_visible_write if is_first else step.is_table_commit
-        # A commit of the SQL catalog locks the catalog.
-        if step.is_done or step.name == "COMMIT" or not (is_chosen or number % 48 == 0):
-            continue
+    # A commit of the SQL catalog locks the catalog.
+    steps = {n: step for n, step in enumerate(scene.steps()) if not step.is_done and step.name != "COMMIT"}
+    for number in some(steps):
         scene.restore()
         outcome = scene.publish(scene.at(number, lambda *_: others.append(scene.dataset.publish())))
         assert outcome == Outcome(scene.dataset.version(), others.pop().published_at is None)
