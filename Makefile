@@ -6,7 +6,7 @@ T ?=
 ROUNDS ?= 40
 SEED ?= 0
 
-.PHONY: help install demo test test-fast soak lint format docs lock clean
+.PHONY: help install demo test test-all test-fast soak lint format docs lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -29,6 +29,9 @@ demo: $(VENV)/installed ## Label 1,000 images from a local S3 server
 
 test: $(VENV)/installed ## Run all tests, or one path: make test T=tests/cvt
 	@$(RUN) pytest $(T)
+
+test-all: $(VENV)/installed ## Run all tests, also those that only repeat others at length (T=path)
+	@KILL_AT_EVERY_WRITE=1 $(RUN) pytest -m "long or not long" $(T)
 
 test-fast: $(VENV)/installed ## Run the tests that take seconds and start no Ray (T=path)
 	@$(RUN) pytest -m "not slow" $(T)

@@ -2,9 +2,11 @@
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 import pyarrow as pa
@@ -63,7 +65,9 @@ class DeltaTable(LabelTable):
         return found.cast(PUBLISHED_SCHEMA)
 
     def _commit(self, increment: Increment) -> int:
-        consume_in_thread(partial(self._write, increment), _batches(increment.rows))
+        # A generator expression would keep a table while the next one is made.
+        batches = chain.from_iterable(map(methodcaller("to_batches", _BATCH_ROWS), increment.rows))
+        consume_in_thread(partial(self._write, increment), batches)
         return int(self._table.version())
 
     def _find(self, token: str) -> int | None:
@@ -113,12 +117,6 @@ class DeltaTable(LabelTable):
                 configuration={"delta.enableChangeDataFeed": "true"},
                 storage_options=self._storage.object_store_options(self._uri),
             )
-
-
-def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
-    for rows in tables:
-        yield from rows.to_batches(_BATCH_ROWS)
-        del rows  # before the next table is made
 
 
 def _quote(text: str) -> str:

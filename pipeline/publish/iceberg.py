@@ -45,8 +45,7 @@ class IcebergTable(LabelTable):
             self._table = table = self._catalog.load_table(self._identifier)
             schema, snapshot = table.schema().as_arrow(), table.current_snapshot()
         self.version = snapshot.snapshot_id if snapshot is not None else None
-        partitions = _partitions(table.spec())
-        self._check_columns(schema, ["model"] if partitions == ["identity(model)"] else partitions)
+        self._check_columns(schema, ["model"] if _is_by_model(table.spec()) else [])
         if (level := table.properties.get(_ISOLATION, "serializable")) != "serializable":
             raise StorageError(self.name, f"the table has {_ISOLATION}={level}; set it to serializable")
 
@@ -58,7 +57,7 @@ class IcebergTable(LabelTable):
             return found
         with library_errors(self.name, "cannot be read"):
             for task in self._table.scan(EqualTo("model", self._model)).plan_files():
-                if "identity(model)" not in _partitions(self._table.specs()[task.file.spec_id]):
+                if not _is_by_model(self._table.specs()[task.file.spec_id]):
                     cause = "has files that are not partitioned by model; publish to a new table"
                     raise StorageError(self.name, f"the table {cause}")
                 counts = self._read(task, *keys).group_by(keys).aggregate([([], "count_all")])
@@ -153,8 +152,8 @@ class IcebergTable(LabelTable):
                 order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
 
 
-def _partitions(spec: Any) -> list[str]:
-    return [f"{field.transform}({field.name})" for field in spec.fields]
+def _is_by_model(spec: Any) -> bool:
+    return [f"{field.transform}({field.name})" for field in spec.fields] == ["identity(model)"]
 
 
 def _ensure(exists: Callable[[], bool], create: Callable[[], object]) -> None:

@@ -16,6 +16,7 @@ SMALL = ["--device", "cpu", "--model", "fashion-mnist", "--count", 8, "--batch-s
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sections_that_need_a_gpu_are_reported_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,11 @@ from tests.command import invoke
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--formats", "delta", "--embedding", 8], ["--formats", "iceberg", "--s3"]]
+    "options",
+    [
+        ["--formats", "delta", "--embedding", 8],
+        pytest.param(["--formats", "iceberg", "--s3"], marks=pytest.mark.long),
+    ],
 )
 def test_every_row_is_checked_after_every_step(tmp_path: Path, options: list[Any]) -> None:
     figures = tmp_path / "figures.json"

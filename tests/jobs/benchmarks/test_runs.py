@@ -97,7 +97,10 @@ def test_pipeline_uses_one_gpu_unless_overridden(task: Task) -> None:
     assert task_config(replace(on_gpu, overrides=("classify.max_actors=4",))).classify.max_actors == 4
 
 
-@pytest.mark.parametrize(("overrides", "expected"), [((), 4096), (("read.chunk_images=8",), 256)])
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [(("read.chunk_images=8",), 256), pytest.param((), 4096, marks=pytest.mark.long)],
+)
 def test_engine_call_has_one_chunk_or_four_batches(
     images: Path, task: Task, overrides: tuple[str, ...], expected: int
 ) -> None:

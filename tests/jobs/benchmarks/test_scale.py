@@ -14,6 +14,7 @@ from tests.command import invoke
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_simulated_classifiers_label_every_image_on_gpus_of_ray(tmp_path: Path) -> None:
     """Ray counts the GPUs, so this is also the test of the dataflow with GPUs."""
     figures = tmp_path / "figures.json"

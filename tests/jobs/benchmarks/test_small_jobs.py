@@ -30,6 +30,7 @@ def test_phases_add_up_to_the_duration_of_the_command() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_benchmark_compares_two_versions_by_phase(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     options = ["--count", 4, "--rounds", 1, "--no-ray", "--against", ROOT, "--output", figures]

@@ -191,7 +191,7 @@ def begin(place: Place, members: Members, day: str) -> Snapshot:
     return start
 
 
-@pytest.mark.parametrize("day", ["first day", "second day"])
+@pytest.mark.parametrize("day", [pytest.param("first day", marks=pytest.mark.long), "second day"])
 def test_share_killed_at_any_write_is_completed_by_other_divisions(
     place: Place, members: Members, every: int, day: str
 ) -> None:
@@ -216,7 +216,7 @@ def test_share_killed_at_any_write_is_completed_by_other_divisions(
         assert place.end_state() == end, TAKEOVERS[number % len(TAKEOVERS)]
 
 
-@pytest.mark.parametrize("day", ["first day", "second day"])
+@pytest.mark.parametrize("day", ["first day", pytest.param("second day", marks=pytest.mark.long)])
 def test_drivers_of_different_divisions_label_one_dataset_at_once(
     place: Place, members: Members, every: int, day: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

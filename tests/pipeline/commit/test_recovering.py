@@ -81,7 +81,7 @@ def test_records_determine_failed_recovered_and_reappeared_shards(bucket: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 18])
+@pytest.mark.parametrize("seed", [0, pytest.param(18, marks=pytest.mark.long)])
 def test_rebuilt_manifest_equals_the_manifest_after_any_history(
     bucket: str, s3_server: LocalS3, seed: int
 ) -> None:

@@ -254,7 +254,9 @@ def test_command_refuses_another_training_with_status_2(trained: Trained, shards
     assert finished.startswith(f"best: epoch {trained.result.best['epoch']}, accuracy ")
 
 
-@pytest.mark.parametrize(("cache", "block_images"), [(True, 10), (False, 100)])
+@pytest.mark.parametrize(
+    ("cache", "block_images"), [(True, 10), pytest.param(False, 100, marks=pytest.mark.long)]
+)
 def test_seed_and_epoch_determine_a_mixed_order_of_all_images(
     ray_local: None, tmp_path: Path, cache: bool, block_images: int
 ) -> None:
