@@ -30,7 +30,7 @@ demo: $(VENV)/installed ## Label 1,000 images from a local S3 server
 test: $(VENV)/installed ## Run all tests, or one path: make test T=tests/cvt
 	@$(RUN) pytest $(T)
 
-test-all: $(VENV)/installed ## Run all tests, also those that only repeat others at length (T=path)
+test-all: $(VENV)/installed ## Run all tests, also the longest (T=path)
 	@KILL_AT_EVERY_WRITE=1 $(RUN) pytest -m "long or not long" $(T)
 
 test-fast: $(VENV)/installed ## Run the tests that take seconds and start no Ray (T=path)
