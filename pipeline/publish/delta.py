@@ -16,7 +16,7 @@ from pipeline.predictions import LABEL_SCHEMA
 from pipeline.publish.label_table import PUBLISHED_SCHEMA, TOKEN_KEY, Increment, LabelTable
 from pipeline.storage import ABSENT, Storage, consume_in_thread, library_errors, require_package
 
-#: With these in the path, deltalake uses another location, or fails.
+#: deltalake uses another location, or fails, if a path contains one of these.
 _UNSUPPORTED = re.compile(r"[\x00-\x1f\x7f#?:\[\]\\^|]|%[0-9a-fA-F]{2}")
 _FILE_BYTES = 128 * 1024**2
 #: deltalake holds several batches, and an unfinished row group, which embeddings make large.
@@ -50,7 +50,8 @@ class DeltaTable(LabelTable):
         with library_errors(self.name, "cannot be read as a Delta table"):
             self._table = deltalake.DeltaTable(self._uri, storage_options=options)
         self.version = self._table.version()
-        self._check_columns(pa.schema(self._table.schema()), self._table.metadata().partition_columns)
+        is_by_model = self._table.metadata().partition_columns == ["model"]
+        self._check_columns(pa.schema(self._table.schema()), is_by_model)
 
     def read_published(self) -> pa.Table:  # noqa: D102
         from deltalake import QueryBuilder

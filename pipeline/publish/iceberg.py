@@ -35,9 +35,7 @@ class IcebergTable(LabelTable):
         where = f"~/.pyiceberg.yaml, PYICEBERG_CATALOG__{catalog.upper()}__URI"
         with library_errors(self.name, f"the catalog {catalog} cannot be used (configuration: {where})"):
             self._catalog = load_catalog(catalog)
-            exists = self._catalog.table_exists(self._identifier)
-        if not exists:
-            self._create()
+            _ensure(lambda: self._catalog.table_exists(self._identifier), self._create)
         self._open()
 
     def _open(self) -> None:
@@ -45,7 +43,7 @@ class IcebergTable(LabelTable):
             self._table = table = self._catalog.load_table(self._identifier)
             schema, snapshot = table.schema().as_arrow(), table.current_snapshot()
         self.version = snapshot.snapshot_id if snapshot is not None else None
-        self._check_columns(schema, ["model"] if _is_by_model(table.spec()) else [])
+        self._check_columns(schema, _is_by_model(table.spec()))
         if (level := table.properties.get(_ISOLATION, "serializable")) != "serializable":
             raise StorageError(self.name, f"the table has {_ISOLATION}={level}; set it to serializable")
 
@@ -135,21 +133,18 @@ class IcebergTable(LabelTable):
             return next(write_file(table.io, table.metadata, iter([task])))
 
     def _create(self) -> None:
-        """Creates an empty table and its namespace, unless they exist by now."""
+        """Creates an empty table, and its namespace if needed."""
+        from pyiceberg.transforms import IdentityTransform
+
         catalog, namespace = self._catalog, self._identifier.rpartition(".")[0]
         with library_errors(self.name, "the table cannot be created"):
             _ensure(lambda: catalog.namespace_exists(namespace), lambda: catalog.create_namespace(namespace))
-            _ensure(lambda: catalog.table_exists(self._identifier), self._create_table)
-
-    def _create_table(self) -> None:
-        from pyiceberg.transforms import IdentityTransform
-
-        create = self._catalog.create_table_transaction
-        with create(self._identifier, LABEL_SCHEMA, properties=_PROPERTIES) as transaction:
-            with transaction.update_spec() as spec:
-                spec.add_identity("model")
-            with transaction.update_sort_order() as order:
-                order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
+            create = catalog.create_table_transaction(self._identifier, LABEL_SCHEMA, properties=_PROPERTIES)
+            with create as transaction:
+                with transaction.update_spec() as spec:
+                    spec.add_identity("model")
+                with transaction.update_sort_order() as order:
+                    order.asc("label", IdentityTransform()).asc("score", IdentityTransform())
 
 
 def _is_by_model(spec: Any) -> bool:
@@ -157,10 +152,11 @@ def _is_by_model(spec: Any) -> bool:
 
 
 def _ensure(exists: Callable[[], bool], create: Callable[[], object]) -> None:
+    """Creates something that does not exist; another writer may be faster."""
     if exists():
         return
     try:
         create()
-    except Exception:  # catalogs raise different classes if another writer was faster
+    except Exception:  # catalogs raise different classes
         if not exists():
             raise

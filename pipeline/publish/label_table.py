@@ -92,14 +92,14 @@ class LabelTable(ABC):
     def _find(self, token: str) -> int | None:
         """Returns the version that the transaction with this token committed, if it did."""
 
-    def _check_columns(self, schema: pa.Schema, partition_columns: Sequence[str]) -> None:
+    def _check_columns(self, schema: pa.Schema, is_by_model: bool) -> None:
         """Raises `StorageError` if labels do not fit into the table."""
         # Libraries differ in the sizes of offsets, and in the names of list items.
         found, expected = (
             {column.name: re.sub(r"large_|_view|\w+: ", "", str(column.type)) for column in columns}
             for columns in (schema, LABEL_SCHEMA)
         )
-        problem = None if [*partition_columns] == ["model"] else "is not partitioned by exactly model"
+        problem = None if is_by_model else "is not partitioned by exactly model"
         for name in {**expected, **found}:
             if found.get(name) != expected.get(name):
                 problem = f"has {found.get(name, 'no')} column {name}, expected {expected.get(name, 'none')}"

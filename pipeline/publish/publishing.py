@@ -19,7 +19,7 @@ from pipeline.publish.label_table import Increment, LabelTable, TableChangedErro
 from pipeline.publish.rows import read_sorted_rows
 from pipeline.storage import ObjectChanged, ObjectNotFound, StorageError, is_under, normalize_uri, pause_after
 
-#: More shards are not listed in a transaction: it replaces all rows of the partition.
+#: Maximum number of shards that a transaction lists. With more, all rows of the partition are replaced.
 _MAX_DROPPED = 10_000
 _MAX_ATTEMPTS = 5
 
@@ -66,7 +66,7 @@ def publish_labels(
     Args:
         partition: the partition to publish.
         to: `delta:URI`, or `iceberg:CATALOG.NAMESPACE.TABLE` with a catalog of pyiceberg's configuration.
-        rebuild: replace all rows of the partition. By default, a table that lacks rows is refused.
+        rebuild: replace all rows of the partition. By default, a table with edited shards is refused.
         embedding: whether to publish embeddings, if the predictions have any.
         memory_bytes: memory for rows. An eighth of it, at most 1 GiB, is the size of the rows of one file.
 
@@ -136,7 +136,7 @@ def _publish(
     constants = {"model": partition.model, "source": source, "published_at": now}
     if not embedding:
         constants["embedding"] = None
-    # In memory are rows that are read ahead, rows to sort, sorted rows, copies and buffers of the library.
+    # The memory holds rows read ahead, rows to sort, sorted rows, and copies and buffers of the library.
     rows = read_sorted_rows(partition, added, constants, memory_bytes // 8)
     condition = ("source", [source]) if rebuild else ("shard", [*replaced.to_pylist(), *removed.to_pylist()])
     version = table.commit(Increment(rows, now, *condition))

@@ -33,7 +33,6 @@ def read_row_groups(file: Any, columns: Iterable[str]) -> Iterator[pa.Table]:
 
 def read_batches(file: Any, columns: Iterable[str], rows: int) -> Iterator[pa.Table]:
     """Yields columns of a Parquet file, at most `rows` rows at a time; ignores names that the file lacks."""
-    parquet = pq.ParquetFile(file, pre_buffer=False)
-    names = [name for name in columns if name in parquet.schema_arrow.names]
+    parquet, names = pq.ParquetFile(file, pre_buffer=False), list(columns)
     for batch in parquet.iter_batches(rows, columns=names, use_threads=False):
         yield pa.table(batch)

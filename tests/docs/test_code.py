@@ -28,16 +28,6 @@ PACKAGES = ("duckdb", "polars", "pandas", "datasets", "pyspark")
 NEEDS_EMBEDDING = "needs output.embedding"
 
 
-@pytest.fixture(scope="module")
-def with_embeddings(tmp_path_factory: pytest.TempPathFactory) -> ExampleLabels:
-    return ExampleLabels(tmp_path_factory.mktemp("embeddings"), "float16")
-
-
-@pytest.fixture(scope="module")
-def without_embeddings(tmp_path_factory: pytest.TempPathFactory) -> ExampleLabels:
-    return ExampleLabels(tmp_path_factory.mktemp("default"))
-
-
 def needed_packages(block: Block) -> set[str]:
     """Returns the packages that a block needs besides this project's own."""
     needed = {name for name in PACKAGES if re.search(rf"^(import|from) {name}\b", block.text, re.M)}

@@ -33,16 +33,6 @@ WIDTH = 4
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def with_embeddings(tmp_path_factory: pytest.TempPathFactory) -> ExampleLabels:
-    return ExampleLabels(tmp_path_factory.mktemp("embeddings"), "float16")
-
-
-@pytest.fixture(scope="module")
-def without_embeddings(tmp_path_factory: pytest.TempPathFactory) -> ExampleLabels:
-    return ExampleLabels(tmp_path_factory.mktemp("default"))
-
-
 def skip_unless_installed(code: str) -> None:
     for package in PACKAGES:
         if re.search(rf"\b{package}\b|\.to_{package}\(", code):

@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from pipeline.storage import ObjectNotFound, StorageError, content_errors, library_errors, require_package
+from pipeline.storage import (
+    ObjectNotFound,
+    StorageError,
+    content_errors,
+    is_under,
+    library_errors,
+    require_package,
+)
 
 #: How deltalake reports an error of its engine: colors, and a stack trace of Rust.
 RUST = "\x1b[31mInvalid JSON\x1b[0m\n in log record\n\n   0: std::backtrace::Backtrace::create\n   1: main\n"
@@ -60,3 +67,11 @@ def test_missing_package_is_named_with_the_command_that_installs_it() -> None:
     cause = r"requires the package not_a_package: pip install 'cvt-label\[delta\]'"
     with pytest.raises(StorageError, match=rf"^delta:x: {cause}$"):
         require_package("not_a_package", "delta", "delta:x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "root", "expected"),
+    [("/a/b", "/a", True), ("/a", "/a", True), ("/ab", "/a", False), ("/a", "/", True), ("/", "/", True)],
+)
+def test_folder_contains_itself_and_what_is_under_it(uri: str, root: str, expected: bool) -> None:
+    assert is_under(uri, root) == expected
